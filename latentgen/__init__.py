@@ -1,0 +1,44 @@
+"""latentgen: words to pictures with latent diffusion.
+
+    import latentgen
+    pipe = latentgen.load("glyph")
+    pipe.txt2img("a red heart").save("heart.png")
+
+Names are resolved when first used, so `import latentgen` itself imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentgen.models.card import cards as models
+    from latentgen.run.pipeline import Pipeline, load
+    from latentgen.run.plan import Plan
+    from latentgen.run.request import Request
+    from latentgen.run.result import Result
+
+_HOMES = {
+    "load": "latentgen.run.pipeline:load", "Pipeline": "latentgen.run.pipeline:Pipeline", "Request": "latentgen.run.request:Request",
+    "Plan": "latentgen.run.plan:Plan", "Result": "latentgen.run.result:Result", "models": "latentgen.models.card:cards",
+    **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("latentgen")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'latentgen' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +39,11 @@ def build(folder: Path, *, held_out: Path, size: int = 256, processes: int = 2, 
     modules = fetch(folder / "packages")
     splits = HeldOut.read(held_out)
     listed, bodies = icons(modules, splits)
-    listed += _recolour_slots(listed, splits)
-    sources = {icon.id: row for row, icon in enumerate(listed)}
     out = folder / f"pictures-{size}.npy"
-    real = [i for i in listed if not i.id.startswith("recolour/")]
-    pixels = draw([bodies[i.id] for i in real], folder / f"drawn-{size}.npy", size=size, modules=modules, processes=processes,
-                  progress=lambda n: tell("draw", n, len(real)))
-    kept, rows = _without_faults(real, pixels)
-    made = _recolours(listed[len(real):], sources, pixels, {i.id for i in kept}, lambda n: tell("recolour", n, len(listed) - len(real)))
+    pixels = draw([bodies[i.id] for i in listed], folder / f"drawn-{size}.npy", size=size, modules=modules, processes=processes,
+                  progress=lambda n: tell("draw", n, len(listed)))
+    kept, rows = _without_faults(listed, pixels)
+    made = list(_recolours(kept, rows, pixels, splits, tell))
     part = out.with_suffix(".part.npy")
     final = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(kept) + len(made), size, size, 4))
     for at, row in enumerate(rows):
@@ -82,34 +79,24 @@ def _without_faults(listed: list[Icon], pixels: np.ndarray) -> tuple[list[Icon],
     return kept, rows
 
 
-def _recolour_slots(listed: list[Icon], held_out: HeldOut) -> list[Icon]:
-    """Candidate recolours: each colour of each plain object in one style, chosen by the object's name alone. Held-out pairs are never made."""
-    by_name: dict[str, list[Icon]] = {}
-    for icon in listed:
+def _recolours(kept: list[Icon], rows: list[int], pixels: np.ndarray, held_out: HeldOut, tell: Callable[[str, int, int], None]) -> Iterator[tuple[Icon, np.ndarray]]:
+    """Every colour of every plain object that has one hue, each in one style. Held-out pairs are never made."""
+    by_name: dict[str, list[tuple[Icon, int]]] = {}
+    for icon, row in zip(kept, rows, strict=True):
         if icon.set in RECOLOUR_SETS and icon.split == "train" and icon.subgroup.startswith(RECOLOUR_GROUPS) and not COLOUR_WORDS.search(icon.name):
-            by_name.setdefault(icon.name, []).append(icon)
-    slots = []
-    for name, choices in sorted(by_name.items()):
+            by_name.setdefault(icon.name, []).append((icon, row))
+    for name, drawings in sorted(by_name.items()):
+        tell("recolour", 1, len(by_name))
+        hued = [(icon, row, hue) for icon, row in drawings if (hue := main_hue(np.asarray(pixels[row][::2, ::2]))) is not None]
         dice = random.Random(name)
-        for colour in HUES:
+        for colour in HUES if hued else ():
             caption = f"{colour} {name}"
-            if caption.lower() in held_out.recolours or caption.lower() in held_out.names:
+            icon, row, hue = dice.choice(hued)
+            unchanged = abs((hue - HUES[colour] + 0.5) % 1 - 0.5) < 0.05
+            if unchanged or caption.lower() in held_out.recolours or caption.lower() in held_out.names:
                 continue
-            source = dice.choice(choices)
-            slots.append(Icon(f"recolour/{colour}/{source.id}", source.set, source.id, caption, source.style, subgroup=source.subgroup))
-    return slots
-
-
-def _recolours(slots: list[Icon], sources: dict[str, int], pixels: np.ndarray, kept: set[str], tell: Callable[[int], None]) -> list[tuple[Icon, np.ndarray]]:
-    made = []
-    for icon in slots:
-        tell(1)
-        rgba = np.asarray(pixels[sources[icon.slug]])
-        hue = main_hue(rgba[::2, ::2]) if icon.slug in kept else None
-        colour = icon.id.split("/")[1]
-        if hue is not None and abs((hue - HUES[colour] + 0.5) % 1 - 0.5) > 0.05:
-            made.append((icon, recolour(rgba, hue, colour)))
-    return made
+            new = Icon(f"recolour/{colour}/{icon.id}", icon.set, icon.id, caption, icon.style, subgroup=icon.subgroup)
+            yield new, recolour(np.asarray(pixels[row]), hue, colour)
 
 
 class PictureSetReader:

@@ -105,6 +105,15 @@ class TwoTowers(nn.Module):
                          CLIPTextCfg(context_length=CONTEXT, vocab_size=VOCABULARY, width=TEXT_WIDTH, heads=TEXT_HEADS, layers=TEXT_LAYERS))
         self.teacher_head = nn.Linear(EMBED, 384)
 
+    def caption_embedding(self, tokens: Tensor) -> Tensor:
+        """(n, 32) ids -> (n, 256), unit length. Runs as many positions as the longest caption needs: causal attention makes the rest idle."""
+        clip = self.clip
+        last = tokens.argmax(-1)  # the end id is the highest
+        used = int(last.max()) + 1
+        x = clip.token_embedding(tokens[:, :used]) + clip.positional_embedding[:used]
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:used, :used].to(x.dtype)))
+        return nn.functional.normalize(x[torch.arange(len(x)), last] @ clip.text_projection, dim=-1)
+
 
 def tokens_of(lines: Sequence[str], folder: Path) -> np.ndarray:
     """(n, 32) int64 token ids: start, words, end, padded with end; longer captions are cut (training only)."""
@@ -165,8 +174,9 @@ def loss(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 
     assert isinstance(model, TwoTowers)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is very slow on CPUs in bf16
-        picture, text, scale = model.clip(jitter(batch["pixels"]), batch["tokens"])
-        phrase = model.clip.encode_text(batch["extra"], normalize=True)
+        picture = model.clip.encode_image(jitter(batch["pixels"]), normalize=True)
+        text, phrase = model.caption_embedding(torch.cat([batch["tokens"], batch["extra"]])).chunk(2)
+    scale = model.clip.logit_scale.exp()
     contrast = ClipLoss()(picture.float(), text.float(), scale.clamp(max=100))
     with torch.autocast(picture.device.type, enabled=False):
         distil = (1 - nn.functional.cosine_similarity(model.teacher_head(phrase.float()), batch["targets"])).mean()

@@ -1,6 +1,6 @@
-"""glyph's autoencoder: factor 8, 4 latent channels, diffusers' AutoencoderKL or AutoencoderTiny at small width.
+"""glyph's autoencoder: factor 8, 4 latent channels, diffusers' AutoencoderTiny.
 
-Trained on crops of flat art: L1 + L2 + edges (L1 of the finite differences). Latents are kept near unit variance and get a little noise on the
+Trained on crops of flat art: L1 + L2 + edges (L1 of the finite differences) + masses (L1 of 8x8 means). Latents are kept near unit variance and get a little noise on the
 way to the decoder, so that it forgives what a denoiser gets wrong.
 """
 
@@ -20,24 +20,46 @@ from latentgen.train.loop import Batch
 LATENT_NOISE = 0.05
 
 
-def new_vae(kind: str = "tiny", width: int = 64) -> nn.Module:
-    """An untrained autoencoder: "tiny" (AutoencoderTiny, constant width, no norms: fast on a CPU) or "kl" (AutoencoderKL)."""
-    if kind == "tiny":
-        from diffusers import AutoencoderTiny
+def new_vae(width: int = 64) -> nn.Module:
+    """An untrained AutoencoderTiny (factor 8, 4 channels, constant width, no norms: fast on a CPU and exact in tiles).
 
-        return AutoencoderTiny(encoder_block_out_channels=(width,) * 4, decoder_block_out_channels=(width,) * 4, num_encoder_blocks=(1, 2, 3, 3),
-                               num_decoder_blocks=(4, 3, 2, 1))
-    from diffusers import AutoencoderKL
+    It starts as a colour-true thumbnail: three channels carry the picture's red, green and blue down and up again, every block adds nothing yet,
+    and training finds the detail on top. From a random start the few latent channels settle on outlines and lose colours.
+    """
+    from diffusers import AutoencoderTiny
 
-    return AutoencoderKL(block_out_channels=(width // 2, width, 2 * width, 3 * width), down_block_types=("DownEncoderBlock2D",) * 4,
-                         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=16, latent_channels=4,
-                         mid_block_add_attention=False)
+    vae = AutoencoderTiny(encoder_block_out_channels=(width,) * 4, decoder_block_out_channels=(width,) * 4, num_encoder_blocks=(1, 2, 3, 3),
+                          num_decoder_blocks=(4, 3, 2, 1))
+    rgb = torch.arange(3)
+    smooth = torch.tensor([0.25, 0.5, 0.25])
+    with torch.no_grad():
+        for half in (vae.encoder.layers, vae.decoder.layers):
+            convs = [layer for layer in half if isinstance(layer, nn.Conv2d)]
+            for conv in convs:
+                rows = rgb[: conv.out_channels]
+                conv.weight[rows] = 0
+                if conv.stride == (2, 2):
+                    conv.weight[rows, rows] = smooth[:, None] * smooth
+                else:
+                    conv.weight[rows, rows, 1, 1] = 1
+                if conv.bias is not None:
+                    conv.bias[rows] = 0
+            for block in half:
+                if hasattr(block, "conv") and hasattr(block, "fuse"):
+                    block.conv[-1].weight.zero_()
+                    block.conv[-1].bias.zero_()
+            first, last = convs[0], convs[-1]
+            if half is vae.encoder.layers:  # latent = (colour - 0.75) * 3
+                last.weight[rgb, rgb, 1, 1], last.bias[rgb] = 3.0, -2.25
+            else:
+                first.weight[rgb, rgb, 1, 1], first.bias[rgb] = 1 / 3, 0.75
+                last.weight[:, 3:] *= 0.1
+    return vae
 
 
 def encode(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8) raw latents (the mean, no draw)."""
-    out = vae.encode(pixels)
-    return out.latents if hasattr(out, "latents") else out.latent_dist.mean
+    """(B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8) latents."""
+    return vae.encode(pixels).latents
 
 
 def crops(reader: PictureSetReader, *, side: int = 96, batch: int = 8, seed: int = 0) -> Iterator[Batch]:
@@ -56,6 +78,7 @@ def crops(reader: PictureSetReader, *, side: int = 96, batch: int = 8, seed: int
                 crop = picture[y:y + side, x:x + side]
                 if crop.std() > 12:
                     break
+            crop = crop[..., dice.permutation(3)] if dice.random() < 0.3 else crop  # colour must be read, not guessed from the shape
             out[i] = crop[:, ::-1] if dice.random() < 0.5 else crop
         yield {"pixels": torch.from_numpy(out).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)}
 
@@ -69,10 +92,30 @@ def loss(vae: nn.Module, batch: Batch, *, train_encoder: bool = True) -> Mapping
     error = made - pixels
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     mse = error.square().mean()
+    masses = nn.functional.avg_pool2d(error, 8).abs().mean()  # colour and brightness of an area: what edges and pixels alone learn late
     zf = z.float()
     spread = zf.mean((0, 2, 3)).square().mean() + (zf.var((0, 2, 3)) - 1).square().mean()
-    total = error.abs().mean() + 2 * mse + 0.5 * edges + 0.02 * spread
-    return {"loss": total, "mse": mse.detach(), "spread": spread.detach()}
+    total = error.abs().mean() + 2 * mse + 0.5 * edges + 2 * masses + 0.02 * spread
+    return {"loss": total, "mse": mse.detach(), "masses": masses.detach(), "spread": spread.detach()}
+
+
+@torch.no_grad()
+def measure(vae: nn.Module, pixels: np.ndarray) -> tuple[float, list[list[float]]]:
+    """The scale that gives latents unit deviation, and the linear preview of the scaled latents.
+
+    Args:
+        pixels: (n, H, W, 3) uint8 pictures to measure on.
+
+    Returns:
+        (scale, 5 rows of RGB in [-1, 1]: one per latent channel and a constant, fitted by least squares).
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    z = torch.cat([encode(vae, part.contiguous(memory_format=torch.channels_last)).float() for part in x.split(8)])
+    scale = 1 / float(z.std())
+    flat = (z * scale).permute(0, 2, 3, 1).reshape(-1, 4)
+    colours = nn.functional.avg_pool2d(x, 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    rows = torch.linalg.lstsq(torch.cat([flat, torch.ones(len(flat), 1)], 1), colours).solution
+    return scale, [[round(v, 4) for v in row] for row in rows.tolist()]
 
 
 @torch.no_grad()

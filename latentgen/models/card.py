@@ -1,0 +1,118 @@
+"""Cards: the TOML that describes a checkpoint, and where its files are. Knows files and names; loads no tensor."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from latentgen.errors import ModelError
+from latentgen.models.family import Defaults, Family
+
+
+@dataclass(frozen=True)
+class Card:
+    """One checkpoint.
+
+    Attributes:
+        name: what `load` takes.
+        family: the file in `pipelines/` that runs it.
+        folder: where its parts lie (a diffusers layout).
+        summary, licence: for `latentgen models`.
+        defaults: overrides of the family's defaults.
+        preview: rows of RGB per latent channel and a constant, for live previews; empty means none.
+    """
+
+    name: str
+    family: str
+    folder: Path
+    summary: str = ""
+    licence: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    preview: tuple[tuple[float, ...], ...] = ()
+
+    def load_family(self) -> Family:
+        """The family with this checkpoint's defaults and preview laid over it.
+
+        Raises:
+            ModelError: no such family, or a default it does not have.
+        """
+        family = _family(self.family)
+        known = {f.name for f in fields(Defaults)}
+        if unknown := set(self.defaults) - known:
+            raise ModelError(f"the card {self.name!r} sets the unknown default {sorted(unknown)[0]!r}: the known ones are {', '.join(sorted(known))}")
+        latent = family.latent
+        if self.preview:
+            latent = replace(latent, rgb=self.preview[:-1], rgb_bias=self.preview[-1])
+        return replace(family, defaults=replace(family.defaults, **self.defaults), latent=latent)
+
+
+def cards() -> dict[str, Card]:
+    """Every packaged card, by name."""
+    found: dict[str, Card] = {}
+    root = Path(str(resources.files("latentgen.weights")))
+    for path in sorted([*root.glob("*.toml"), *root.glob("*/card.toml")]):
+        card = read_card(path)
+        found[card.name] = card
+    return found
+
+
+def find_card(source: str | Path) -> Card:
+    """The card of a name or of a folder that holds a `card.toml`.
+
+    Raises:
+        ModelError: neither; the message lists the names that exist.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "card.toml").is_file():
+            return read_card(path / "card.toml")
+        raise ModelError(f"the folder {path.name!r} has no card.toml: add one that names its family (copy the one of a model that `latentgen models` lists)")
+    known = cards()
+    if str(source) in known:
+        return known[str(source)]
+    near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ModelError(f"there is no model {str(source)!r}: {hint}expected a folder or one of {', '.join(sorted(known))}")
+
+
+def read_card(path: Path) -> Card:
+    """Read one TOML card.
+
+    Raises:
+        ModelError: not TOML, a key missing or unknown, or a folder outside the card's own.
+    """
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ModelError(f"the card {path.name!r} in {path.parent.name!r} cannot be read: {error}") from error
+    allowed = {f.name for f in fields(Card)}
+    if unknown := set(raw) - allowed:
+        raise ModelError(f"the card {path.parent.name}/{path.name} has the unknown key {sorted(unknown)[0]!r}: expected {', '.join(sorted(allowed))}")
+    if missing := {"name", "family"} - set(raw):
+        raise ModelError(f"the card {path.parent.name}/{path.name} lacks {sorted(missing)[0]!r}: add it")
+    folder = (path.parent / raw.pop("folder", ".")).resolve()
+    if not folder.is_relative_to(path.parent.resolve()):
+        raise ModelError(f"the card {path.parent.name}/{path.name} points outside its own folder: move the parts under it")
+    return Card(folder=folder, preview=tuple(tuple(row) for row in raw.pop("preview", ())), **raw)
+
+
+def _family(name: str) -> Family:
+    if not name.isidentifier():
+        raise ModelError(f"{name!r} is not a family name: expected a file name of pipelines/ without .py")
+    try:
+        module = import_module(f"latentgen.pipelines.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"latentgen.pipelines.{name}":
+            raise
+        raise ModelError(f"there is no model family {name!r}: this version knows {', '.join(families())}") from None
+    return module.FAMILY
+
+
+def families() -> list[str]:
+    """Names of all families, from the files in `pipelines/`."""
+    root = Path(str(resources.files("latentgen.pipelines")))
+    return sorted(p.stem for p in root.glob("*.py") if not p.stem.startswith("_"))

@@ -1,0 +1,1 @@
+"""Request -> Plan -> stream of Steps -> Result."""

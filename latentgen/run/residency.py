@@ -1,0 +1,115 @@
+"""Where modules are while a request runs. The only place that moves a module between devices or drops one; knows no request.
+
+Policies: "resident" keeps every part on the device once it was needed. "stage" has a part there only while its stage runs: on a GPU it waits
+in main memory, on a CPU it is read again from its memory-mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+
+from latentgen.errors import RequestError
+from latentgen.models.family import Family, Part, Stage
+from latentgen.models.load import load_part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+POLICIES = ("resident", "stage")
+
+
+class Residency:
+    """The parts of one checkpoint on one device."""
+
+    def __init__(self, folder: Path, family: Family, *, device: torch.device, dtype: torch.dtype, policy: str = "resident") -> None:
+        self.folder, self.family, self.device, self.dtype, self.policy = folder, family, device, dtype, policy
+        self._here: dict[tuple[str, torch.dtype], nn.Module] = {}
+        self._users: dict[tuple[str, torch.dtype], int] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def use(self, stage: Stage, *, dtype: torch.dtype | None = None) -> Iterator[dict[str, nn.Module]]:
+        """The modules of a stage, on the device, for as long as the block runs. Several threads may be in the same block."""
+        dtype = dtype or self.dtype
+        parts = [p for p in self.family.parts if stage in p.stages]
+        taken: list[Part] = []
+        try:
+            modules: dict[str, nn.Module] = {}
+            for part in parts:
+                modules[part.name] = self._take(part, dtype)
+                taken.append(part)
+            yield modules
+        finally:
+            for part in taken:
+                self._release(part, dtype)
+
+    def _take(self, part: Part, dtype: torch.dtype) -> nn.Module:
+        key = (part.name, dtype)
+        with self._lock:
+            if key not in self._here:
+                self._here[key] = load_part(self.folder, part, dtype)
+            if not self._users.get(key):
+                self._here[key].to(self.device)
+            self._users[key] = self._users.get(key, 0) + 1
+            return self._here[key]
+
+    def _release(self, part: Part, dtype: torch.dtype) -> None:
+        key = (part.name, dtype)
+        with self._lock:
+            self._users[key] -= 1
+            if self._users[key] or (self.policy == "resident" and dtype == self.dtype):
+                return
+            if self.device.type == "cpu" or dtype != self.dtype:  # a second copy in another dtype is never kept
+                del self._here[key]
+            else:
+                self._here[key].to("cpu")
+
+    def resident_bytes(self) -> int:
+        """Bytes of the weights held right now, on any device."""
+        with self._lock:
+            return sum(p.numel() * p.element_size() for m in self._here.values() for p in m.parameters())
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" (cuda, then mps, then cpu) or a torch device name.
+
+    Raises:
+        RequestError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device is {name!r}: expected 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'") from None
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, False)
+    if not here:
+        raise RequestError(f"device is {name!r}, which this machine does not have: use 'auto' or 'cpu'")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """"auto" or float32, bfloat16, float16. Auto: bf16 where the hardware multiplies it fast, else fp16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        RequestError: another name.
+    """
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in names:
+        return names[name]
+    if name != "auto":
+        raise RequestError(f"dtype is {name!r}: expected 'auto', {', '.join(map(repr, names))}")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu":
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float16

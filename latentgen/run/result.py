@@ -1,0 +1,101 @@
+"""What came out: pictures with everything that made them. Knows PIL and files; runs nothing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from latentgen.errors import RequestError
+from latentgen.pixels.save import save_image
+from latentgen.run.recipe import metadata
+
+if TYPE_CHECKING:
+    from latentgen.run.plan import Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """The finished pictures.
+
+    Attributes:
+        images: RGB pictures, one per seed.
+        plan: every choice that was made.
+        notes: what was adjusted, and why; empty when all was done as said.
+        timings: seconds by stage ("text", "encode", "sample", "decode", "total").
+        recipe: what reproduces the pictures, as plain data (see `latentgen.run.recipe`).
+    """
+
+    images: tuple[Image.Image, ...]
+    plan: Plan
+    notes: tuple[str, ...]
+    timings: Mapping[str, float]
+    recipe: Mapping[str, Any]
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture."""
+        return self.plan.seeds
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.images)
+
+    def save(self, path: str | Path, *, quality: int = 95) -> list[Path]:
+        """Write the pictures, each whole or not at all, with the recipe inside.
+
+        Args:
+            path: ends in .png, .jpg, .jpeg or .webp. For several pictures `-1`, `-2` ... goes before the suffix.
+            quality: JPEG and WebP, 1 to 100.
+
+        Returns:
+            The files written.
+
+        Raises:
+            RequestError: another suffix or quality. OutputError: the folder cannot be written; nothing partial stays.
+        """
+        target = Path(path)
+        if not 1 <= quality <= 100:
+            raise RequestError(f"quality is {quality!r}: expected a whole number from 1 to 100")
+        several = len(self.images) > 1
+        names = [target.with_name(f"{target.stem}-{n}{target.suffix}") if several else target for n in range(1, len(self.images) + 1)]
+        return [save_image(image, name, metadata=metadata(self.recipe, seed), quality=quality) for image, name, seed in zip(self.images, names, self.seeds, strict=True)]
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """All pictures on one white sheet, `columns` wide (by default near a square)."""
+        columns = columns or max(1, round(len(self.images) ** 0.5))
+        rows = -(-len(self.images) // columns)
+        width, height = self.image.size
+        sheet = Image.new("RGB", (columns * width, rows * height), "white")
+        for n, image in enumerate(self.images):
+            sheet.paste(image, (n % columns * width, n // columns * height))
+        return sheet
+
+    def _repr_html_(self) -> str:
+        pictures = "".join(f'<img src="data:image/png;base64,{_png(i)}" title="seed {s}" style="margin:2px">' for i, s in zip(self.images, self.seeds, strict=True))
+        seconds = ", ".join(f"{stage} {took:.2f} s" for stage, took in self.timings.items())
+        details = html.escape(f"{self.plan}\ntimings   {seconds}" + "".join(f"\nnote      {n}" for n in self.notes if n not in self.plan.notes))
+        return f"{pictures}<details><summary>{html.escape(self.plan.request.prompt)}</summary><pre>{details}</pre></details>"
+
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        return f"<Result: {len(self.images)} picture(s) {width}x{height}, seeds {list(self.seeds)}, {self.timings.get('total', 0):.2f} s>"
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

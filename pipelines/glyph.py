@@ -1,0 +1,45 @@
+"""glyph: words to icons. A CLIP text encoder, a small U-Net with cross-attention (v-prediction, zero-terminal SNR), a factor-8 VAE.
+
+The same layout as Stable Diffusion 2 with a v-prediction U-Net, at a hundredth of the size; knows nothing of prompts or samplers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentgen.conditioning.encoders import ClipTokens
+from latentgen.diffusion.level import Level, VariancePreserving
+from latentgen.diffusion.schedule import scaled_linear, zero_terminal_snr
+from latentgen.models.family import Conditioning, Defaults, Family, Modules, Part
+from latentgen.pixels.latent import LatentSpec
+
+
+def encode(modules: Modules, ids: Tensor) -> Conditioning:
+    """(n, 32) token ids of n chunks -> states (1, n * 32, width), the chunks joined end to end."""
+    states = modules["text_encoder"](ids).last_hidden_state
+    return Conditioning(states.reshape(1, -1, states.shape[-1]))
+
+
+def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+    """(B, 4, h, w) latents -> v, float32."""
+    unet = modules["unet"]
+    x = x.to(unet.dtype).contiguous(memory_format=torch.channels_last)
+    return unet(x, level.time, conditioning.tokens.to(unet.dtype), return_dict=False)[0].float()
+
+
+FAMILY = Family(
+    name="glyph",
+    parts=(
+        Part("text_encoder", "transformers.CLIPTextModel", ("text",)),
+        Part("unet", "diffusers.UNet2DConditionModel", ("denoiser",)),
+        Part("vae", "diffusers.AutoencoderTiny", ("encoder", "decoder")),
+    ),
+    path=VariancePreserving(zero_terminal_snr(scaled_linear(1000, 0.00085, 0.012))),
+    prediction="v",
+    latent=LatentSpec(channels=4, factor=8, multiple=8),
+    encode=encode,
+    predict=predict,
+    tokenizer=lambda folder: ClipTokens.read(folder / "tokenizer"),
+    defaults=Defaults(width=256, height=256, steps=20, sampler="dpmpp_2m", spacing="trailing", guidance_scale=4.0),
+)

@@ -1,0 +1,1 @@
+"""Cards of checkpoints, and glyph's own weights."""
