@@ -43,15 +43,17 @@ class ClipTokens:
             lines = (folder / "merges.txt").read_text("utf-8").splitlines()
             config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
             merges = [(a, b) for a, b in (line.split(" ") for line in lines if line and not line.startswith("#version"))]
-            end = vocab["<|endoftext|>"]
+            start, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
             inner = Tokenizer(models.BPE(vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
             length = int(config.get("model_max_length", 77))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not 3 <= length <= 4096:
+                raise ValueError(f"model_max_length is {length}")
+        except Exception as error:  # `tokenizers` raises Exception itself for merges that the vocabulary lacks
             raise ModelError(f"the tokenizer in {folder.name!r} cannot be read ({error}): it needs vocab.json, merges.txt and tokenizer_config.json") from error
         inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        return cls(inner, vocab["<|startoftext|>"], end, length)
+        return cls(inner, start, end, length)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, without start and end; any length."""

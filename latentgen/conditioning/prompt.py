@@ -37,7 +37,7 @@ def check_text(text: object, *, name: str = "prompt") -> str:
         RequestError: not a string, longer than 20,000 characters, or with NUL or unpaired surrogates.
     """
     if not isinstance(text, str):
-        raise RequestError(f"{name} is {_shown(text)}: expected one string; for several pictures call once per prompt or use batch=")
+        raise RequestError(f"{name} is {shown(text)}: expected one string; for several pictures call once per prompt or use batch=")
     if len(text) > MAX_CHARACTERS:
         raise RequestError(f"{name} has {len(text):,} characters: at most {MAX_CHARACTERS:,} are read, so shorten it")
     if "\x00" in text:
@@ -66,5 +66,11 @@ def chunked(text: str, tokenizer: ClipTokens, *, name: str = "prompt", at_least:
     return PromptChunks(text, tuple(chunks), len(ids))
 
 
-def _shown(value: object) -> str:
-    return "empty" if value in ([], ()) else f"{value!r:.60}"
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr on one line, cut at 60 characters."""
+    if isinstance(value, (list, tuple)) and not value:
+        return "empty"
+    try:
+        return f"{' '.join(repr(value).split()):.60}"
+    except ValueError:  # Python refuses to write out an int of more than 4,300 digits
+        return f"a {type(value).__name__} too long to show"

@@ -12,6 +12,8 @@ from typing import Any
 from latentgen.errors import ModelError
 from latentgen.models.family import Defaults, Family
 
+_TYPES = {"name": str, "family": str, "folder": str, "summary": str, "licence": str, "defaults": dict, "preview": list}
+
 
 @dataclass(frozen=True)
 class Card:
@@ -41,9 +43,12 @@ class Card:
             ModelError: no such family, or a default it does not have.
         """
         family = _family(self.family)
-        known = {f.name for f in fields(Defaults)}
-        if unknown := set(self.defaults) - known:
-            raise ModelError(f"the card {self.name!r} sets the unknown default {sorted(unknown)[0]!r}: the known ones are {', '.join(sorted(known))}")
+        known = {f.name: type(f.default) for f in fields(Defaults)}
+        for name, value in self.defaults.items():
+            if name not in known:
+                raise ModelError(f"the card {self.name!r} sets the unknown default {name!r}: the known ones are {', '.join(sorted(known))}")
+            if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+                raise ModelError(f"the card {self.name!r} sets the default {name} to {value!r:.60}: expected {known[name].__name__}")
         latent = family.latent
         if self.preview:
             latent = replace(latent, rgb=self.preview[:-1], rgb_bias=self.preview[-1])
@@ -66,6 +71,8 @@ def find_card(source: str | Path) -> Card:
     Raises:
         ModelError: neither; the message lists the names that exist.
     """
+    if not isinstance(source, (str, Path)):
+        raise ModelError(f"the model is a {type(source).__name__}: expected a name that `latentgen models` lists, or a folder")
     path = Path(source)
     if path.is_dir():
         if (path / "card.toml").is_file():
@@ -94,6 +101,11 @@ def read_card(path: Path) -> Card:
         raise ModelError(f"the card {path.parent.name}/{path.name} has the unknown key {sorted(unknown)[0]!r}: expected {', '.join(sorted(allowed))}")
     if missing := {"name", "family"} - set(raw):
         raise ModelError(f"the card {path.parent.name}/{path.name} lacks {sorted(missing)[0]!r}: add it")
+    for key, kind in _TYPES.items():
+        if not isinstance(raw.get(key, kind()), kind):
+            raise ModelError(f"the card {path.parent.name}/{path.name} sets {key} to {raw[key]!r:.60}: expected {kind.__name__}")
+    if not all(isinstance(row, list) and len(row) == 3 and all(isinstance(v, (int, float)) for v in row) for row in raw.get("preview", ())):
+        raise ModelError(f"the card {path.parent.name}/{path.name} has a preview that is not rows of 3 numbers: one per latent channel and a constant")
     folder = (path.parent / raw.pop("folder", ".")).resolve()
     if not folder.is_relative_to(path.parent.resolve()):
         raise ModelError(f"the card {path.parent.name}/{path.name} points outside its own folder: move the parts under it")
@@ -101,15 +113,9 @@ def read_card(path: Path) -> Card:
 
 
 def _family(name: str) -> Family:
-    if not name.isidentifier():
-        raise ModelError(f"{name!r} is not a family name: expected a file name of pipelines/ without .py")
-    try:
-        module = import_module(f"latentgen.pipelines.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"latentgen.pipelines.{name}":
-            raise
-        raise ModelError(f"there is no model family {name!r}: this version knows {', '.join(families())}") from None
-    return module.FAMILY
+    if name not in families():
+        raise ModelError(f"there is no model family {name!r}: this version knows {', '.join(families())}")
+    return import_module(f"latentgen.pipelines.{name}").FAMILY
 
 
 def families() -> list[str]:

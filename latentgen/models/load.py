@@ -41,6 +41,7 @@ def load_part(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
         ModelError: a file is missing, damaged, a pickle, or does not fit the class.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if part.cls not in CLASSES:
@@ -50,14 +51,17 @@ def load_part(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
     check_header(weights)
     library, name = part.cls.split(".")
     cls = getattr(import_module(CLASSES[part.cls]), name)
-    tensors = load_file(weights)
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder.name}/{part.name}/{weights.name} cannot be read ({error}): get it again") from error
     try:
         with torch.device("meta"):
             module = cls.from_config(_init_arguments(cls, config)) if library == "diffusers" else cls(cls.config_class(**config, attn_implementation="sdpa"))
     except Exception as error:
         raise ModelError(f"the config of {folder.name}/{part.name} does not fit {name}: {error}") from error
     try:
-        module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, strict=True, assign=True)
+        module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, strict=True, assign=True)
     except RuntimeError as error:
         raise ModelError(f"the weights in {folder.name}/{part.name} do not fit its config: {str(error).splitlines()[1].strip()}") from error
     _restore_buffers(module)
@@ -129,9 +133,9 @@ def check_header(path: Path) -> dict[str, Any]:
             raise ModelError(f"{where} is not a safetensors file or is damaged at byte 0: get it again")
         try:
             header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, AttributeError, LookupError, TypeError):
             raise ModelError(f"{where} has a damaged header (bytes 8 to {8 + length}): get it again") from None
-    end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     if 8 + length + end > size:
         raise ModelError(f"{where} is cut short: {size:,} bytes of {8 + length + end:,}: get it again")
     return header

@@ -5,9 +5,11 @@ Knows the order of the stages and nothing about any family. All state of a call 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from latentgen.diffusion.level import Denoiser, Level, noised, prediction_row, s
 from latentgen.diffusion.noise import SeededNoise
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
-from latentgen.errors import NotFiniteError, RequestError
+from latentgen.errors import ModelError, NotFiniteError, RequestError
 from latentgen.models.card import Card, find_card
 from latentgen.models.family import Conditioning, Family
 from latentgen.models.load import digest, part_config, weight_bytes
@@ -32,7 +34,7 @@ from latentgen.run.memo import Memo
 from latentgen.run.plan import Machine, Plan, make_plan, source_pixels
 from latentgen.run.progress import Bar
 from latentgen.run.recipe import make_recipe
-from latentgen.run.request import Request, suggestion
+from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
 
@@ -116,28 +118,32 @@ class Pipeline:
 
     def stream(self, request: Request | str | Plan, **options: Any) -> Run:
         """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step."""
-        plan = request if isinstance(request, Plan) else self.plan(request, **options)
-        return Run(self, plan)
+        if not isinstance(request, Plan):
+            return Run(self, self.plan(request, **options))
+        if options:
+            raise RequestError(f"a finished plan was given with {', '.join(options)}: a plan takes no options, so give them to `plan`")
+        if Machine(request.model, request.device, request.dtype, request.residency, request.weights) != self._machine:
+            raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
+        return Run(self, request)
 
     def _run(self, task: str, on_step: OnStep | None, **said: Any) -> Result:
         request = _as_request(said.pop("prompt"), said)
         if request.task != task:
             raise RequestError(f"{task} was called with the input of {request.task}: " + _TASK_NEEDS[task])
         run = self.stream(request)
-        with Bar(run.plan, self.progress) as bar:
+        with closing(run), Bar(run.plan, self.progress) as bar:  # closed, or a traceback would keep the run and its modules alive
             for step in run:
                 bar.step(step)
                 if on_step is not None:
                     on_step(step)
-        return run.result
+            return run.result
 
     def _steps(self, plan: Plan) -> Generator[Step, None, Result]:
         """The one path of every task (DESIGN section 4); a new feature is a wrapper around the denoiser, not a branch here."""
         timings: dict[str, float] = {}
         notes = list(plan.notes)
         began = time.perf_counter()
-        with self.residency.use("text") as modules:
-            positive, negative = self._conditioning(modules, plan)
+        positive, negative = self._conditioning(plan)
         timings["text"] = time.perf_counter() - began
         spec = self.family.latent
         shape = spec.shape(plan.width, plan.height)
@@ -159,7 +165,8 @@ class Pipeline:
                 x = step.x
                 yield step
         if not bool(torch.isfinite(x).all()):
-            raise NotFiniteError(f"the denoiser gave NaN or infinity in {plan.dtype}: load the model with dtype='float32'")
+            cure = "check its weights and guidance_scale" if plan.dtype == "float32" else "load the model with dtype='float32'"
+            raise NotFiniteError(f"the denoiser gave NaN or infinity in {plan.dtype}: {cure}")
         timings["sample"] = time.perf_counter() - phase
         phase = time.perf_counter()
         images = self._finish(plan, self._pixels(plan, x, notes))
@@ -168,9 +175,13 @@ class Pipeline:
         recipe = make_recipe(plan, digest(self.card.folder, self.family.parts), tuple(notes))
         return Result(tuple(images), plan, tuple(notes), timings, recipe)
 
-    def _conditioning(self, modules: Modules, plan: Plan) -> tuple[Conditioning, Conditioning]:
+    def _conditioning(self, plan: Plan) -> tuple[Conditioning, Conditioning]:
         def encoded(ids: tuple[tuple[int, ...], ...]) -> Conditioning:
-            return self._memo.get(("text", ids), lambda: self.family.encode(modules, torch.tensor(ids, device=self.residency.device)), _tensors)
+            def make() -> Conditioning:
+                with self.residency.use("text") as modules:
+                    return self.family.encode(modules, torch.tensor(ids, device=self.residency.device))
+
+            return self._memo.get(("text", ids), make, _tensors)
 
         positive = encoded(plan.prompt.ids)
         return positive, encoded(plan.negative.ids) if plan.batching != "off" else positive
@@ -181,18 +192,23 @@ class Pipeline:
         if source is None:
             return None
 
-        def encoded(dtype: torch.dtype | None) -> Tensor:
+        def encoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("encoder", dtype=dtype) as modules:
                 return encode(modules["vae"], source_pixels(source), self.family.latent, tile=plan.tile)
 
-        def once_more() -> Tensor:
-            try:
-                return encoded(None)
-            except NotFiniteError as error:
-                notes.append(f"the picture was encoded once more in float32: {error}")
-                return encoded(torch.float32)
+        key = ("image", source.image.size, hashlib.sha256(source.image.tobytes()).digest(), plan.tile)
+        z0, said = self._memo.get(key, lambda: self._finite("encoded", encoded), lambda made: [made[0]])
+        notes.extend(said)
+        return z0
 
-        return self._memo.get(("image", source.image.size, source.image.tobytes(), plan.tile), once_more, lambda z: [z])
+    def _finite(self, what: str, compute: Callable[[torch.dtype], Tensor]) -> tuple[Tensor, tuple[str, ...]]:
+        """compute(dtype) in the pipeline's dtype, or where that overflows once more in float32, with a note about it."""
+        try:
+            return compute(self.residency.dtype), ()
+        except NotFiniteError as error:
+            if self.residency.dtype == torch.float32:
+                raise
+            return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
 
     def _denoiser(self, modules: Modules, plan: Plan, positive: Conditioning, negative: Conditioning) -> Denoiser:
         """(x, level) -> x0 with the words, guided where the plan says so; `plan.rows` pictures per network call."""
@@ -224,15 +240,13 @@ class Pipeline:
     def _pixels(self, plan: Plan, z: Tensor, notes: list[str]) -> Tensor:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
 
-        def decoded(dtype: torch.dtype | None) -> Tensor:
+        def decoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("decoder", dtype=dtype) as modules:
                 return torch.cat([decode(modules["vae"], part, self.family.latent, tile=plan.tile).cpu() for part in z.split(1)])
 
-        try:
-            return decoded(None)
-        except NotFiniteError as error:
-            notes.append(f"the picture was decoded once more in float32: {error}")
-            return decoded(torch.float32)
+        pixels, said = self._finite("decoded", decoded)
+        notes.extend(said)
+        return pixels
 
     def _finish(self, plan: Plan, pixels: Tensor) -> list[Image.Image]:
         """Pictures, with kept pixels pasted back exactly and a filled-up size cropped."""
@@ -301,16 +315,18 @@ _TASK_NEEDS = {
 def _as_request(request: Request | str, options: dict[str, Any]) -> Request:
     if isinstance(request, Request):
         return request.replace(**options) if options else request
-    if "on_step" not in Request.model_fields and "on_step" in options:
-        raise RequestError(f"'on_step' belongs to txt2img, img2img, inpaint and outpaint: {suggestion('on_step')}")
+    if "on_step" in options:
+        raise RequestError("'on_step' belongs to txt2img, img2img, inpaint and outpaint: with `stream`, loop over the steps instead")
     return Request(prompt=request, **options)
 
 
 def _with_scale(family: Family, folder: Path) -> Family:
     """The family with its VAE's own scaling factor and shift."""
     config = part_config(folder / "vae")
-    latent = replace(family.latent, scale=float(config.get("scaling_factor") or 1.0), shift=float(config.get("shift_factor") or 0.0))
-    return replace(family, latent=latent)
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    if not all(isinstance(value, (int, float)) for value in (scale, shift)):
+        raise ModelError(f"{folder.name}/vae/config.json has scaling_factor {scale!r:.60} and shift_factor {shift!r:.60}: expected numbers")
+    return replace(family, latent=replace(family.latent, scale=float(scale), shift=float(shift)))
 
 
 def _latent_mask(mask: Tensor, factor: int) -> Tensor:

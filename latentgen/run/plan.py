@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,9 @@ class Plan:
         width, height: the size that is denoised; `crop` is the size of the finished picture (an edit keeps its picture's size).
         levels: the levels visited, the clean one last; `steps` of them are evaluated.
         prompt, negative: token chunks, as many of one as of the other where both are used.
-        batching: how a guided evaluation runs: "pair" (both in one call), "sequential", or "off" (no guidance).
+        asked_steps: steps of the whole run, of which an edit runs the share `strength`.
+        batching: how a guided evaluation runs: "pair" (both in one call) or "off" (no guidance).
+        evaluations: how often the network sees one picture, exactly: two for each guided level that a sampler asks about, else one.
         rows: pictures per network call. On a CPU 1, so that a picture never depends on its batch.
         tile: side of an autoencoder tile in pixels, or None.
         weights: bytes of weights per stage, from the files' headers.
@@ -66,6 +69,7 @@ class Plan:
     height: int
     crop: tuple[int, int]
     seeds: tuple[int, ...]
+    asked_steps: int
     levels: tuple[Level, ...]
     sampler: str
     spacing: str
@@ -141,19 +145,20 @@ def make_plan(request: Request, family: Family, tokenizer: ClipTokens, machine: 
         notes.append("the prompt is empty: the picture is unconditional")
     if len(prompt.ids) > 1:
         notes.append(f"the prompt has {prompt.tokens} tokens and is read in {len(prompt.ids)} chunks of {tokenizer.length - 2}")
-    interval = request.guidance_interval or (0.0, 1.0)
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    sampler = find_sampler(request.sampler or defaults.sampler)
+    if source is not None and source.mask is not None and not source.mask.any():
+        notes.append("the mask is all black: the picture comes back as it was")
+    low, high = request.guidance_interval or (0.0, 1.0)
     guided = scale != 1
-    per_step = sampler.evaluations_per_step
-    evaluations = (len(levels) - 1) * per_step - (per_step > 1)  # the last step of a two-evaluation sampler needs one
+    per_step = find_sampler(request.sampler or defaults.sampler).evaluations_per_step
+    asked = [level for pair in pairwise(levels) for level in pair[:per_step] if level.sigma > 0]
+    evaluations = sum(2 if guided and low <= family.path.find(level.half_log_snr) <= high else 1 for level in asked)
     return Plan(
-        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=tuple(seed + i for i in range(request.batch)),
-        levels=levels, sampler=request.sampler or defaults.sampler, spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale,
-        guidance_rescale=defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale, guidance_interval=interval,
+        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
+        asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler, spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale,
+        guidance_rescale=defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale, guidance_interval=(low, high),
         strength=strength, prompt=prompt, negative=negative, batching="pair" if guided else "off",
         rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency,
-        tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights, evaluations=evaluations * (2 if guided else 1),
+        tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights, evaluations=evaluations,
         notes=tuple(notes), source=source)
 
 
@@ -173,7 +178,7 @@ def _numbers(request: Request, family: Family, notes: list[str]) -> tuple[float,
         scale = 1.0
     if scale == 1 and request.negative_prompt:
         refuse("negative_prompt is given but guidance_scale is 1, which turns guidance off: raise guidance_scale or leave the negative prompt out")
-    if scale == 1 and (request.guidance_rescale or request.guidance_interval):
+    if scale == 1 and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
         refuse("guidance_rescale or guidance_interval is given but guidance_scale is 1, which turns guidance off: raise guidance_scale or leave them out")
     info = find_sampler(request.sampler or defaults.sampler)
     options: dict[str, float] = {}
@@ -190,7 +195,10 @@ def _numbers(request: Request, family: Family, notes: list[str]) -> tuple[float,
     strength = 1.0
     if task in ("img2img", "inpaint"):
         strength = request.strength if request.strength is not None else (defaults.strength if task == "img2img" else 1.0)
-        levels = levels[-(max(1, int((len(levels) - 1) * strength + 1e-9)) + 1):]
+        share = (len(levels) - 1) * strength
+        if share < 1:
+            notes.append(f"strength {strength:g} of {len(levels) - 1} steps is less than one step: one is run")
+        levels = levels[-(max(1, int(share + 1e-9)) + 1):]
     elif request.strength is not None:
         refuse(f"strength is given but {task} has nothing to keep by strength: leave it out")
     if request.feather and task != "outpaint":
@@ -213,10 +221,11 @@ def _size(request: Request, family: Family) -> tuple[Source | None, int, int, tu
         if request.width or request.height or request.mask is not None:
             raise RequestError("outpaint takes its size from the image and left/right/top/bottom: leave width, height and mask out")
         crop = (image.width + request.left + request.right, image.height + request.top + request.bottom)
+        _check_area(*crop)
         padded, drawn = canvas(image, left=request.left, right=request.right, top=request.top, bottom=request.bottom, multiple=spec.multiple, feather=request.feather)
-        _check_area(*padded.size)
         return Source(padded, open_mask(drawn, padded.size)), padded.width, padded.height, crop
     wanted = (request.width or image.width, request.height or image.height)
+    _check_area(*wanted)
     if request.width or request.height:
         spec.shape(*wanted)
     if wanted != image.size:
@@ -229,8 +238,15 @@ def _size(request: Request, family: Family) -> tuple[Source | None, int, int, tu
     if right or bottom:
         image = extended(image, left=0, right=right, top=0, bottom=bottom)
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
-    _check_area(*image.size)
     return Source(image, mask), image.width, image.height, crop
+
+
+def _seeds(request: Request) -> tuple[int, ...]:
+    """One seed per picture, counted up from the one said or drawn."""
+    seed = secrets.randbits(32) if request.seed is None else request.seed
+    if seed + request.batch > 2**63:
+        raise RequestError(f"seed is {seed} with a batch of {request.batch}: picture i has seed + i, which may not pass 2**63 - 1, so give a smaller seed")
+    return tuple(range(seed, seed + request.batch))
 
 
 def _check_area(width: int, height: int) -> None:

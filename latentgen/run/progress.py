@@ -16,7 +16,7 @@ class Bar:
 
     def __init__(self, plan: Plan, shown: bool | None) -> None:
         self._bar: Any = None
-        if shown or (shown is None and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
+        if shown or (shown is None and ((sys.stderr is not None and sys.stderr.isatty()) or "ipykernel" in sys.modules)):
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=plan.steps, desc=f"{plan.task} {plan.crop[0]}x{plan.crop[1]}", unit="step", leave=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
 
 KEY = "latentgen"
-SAID = ("width", "height", "left", "right", "top", "bottom", "feather", "fit", "batch")
+SAID = ("left", "right", "top", "bottom", "feather", "shift", "fit", "batch")
 
 
 def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, Any]:
@@ -24,9 +24,11 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     request = plan.request
     recipe: dict[str, Any] = {
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
-        "steps": request.steps or _total_steps(plan), "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
+        "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0], **plan.options}
-    recipe |= {"width": plan.crop[0], "height": plan.crop[1]} | {n: getattr(request, n) for n in SAID[2:] if getattr(request, n)}
+    recipe |= {"width": plan.crop[0], "height": plan.crop[1]} | {n: getattr(request, n) for n in SAID if getattr(request, n)}
+    if not request.strict:
+        recipe["strict"] = False  # what was ignored with a note would else be refused
     if plan.source is not None:
         recipe |= {"strength": plan.strength, "image_sha256": _hash(plan.source.image)}
         if plan.source.mask is not None:
@@ -43,10 +45,6 @@ def metadata(recipe: Mapping[str, Any], seed: int) -> dict[str, str]:
     """What goes into one picture's file: the recipe with that picture's own seed and a batch of one."""
     own = {k: v for k, v in recipe.items() if k != "batch"} | {"seed": seed}
     return {KEY: json.dumps(own, ensure_ascii=False, sort_keys=True)}
-
-
-def _total_steps(plan: Plan) -> int:
-    return plan.steps if plan.task in ("txt2img", "outpaint") else max(plan.steps, round(plan.steps / plan.strength))
 
 
 def _hash(image: Image.Image) -> str:

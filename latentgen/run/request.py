@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+from numbers import Real
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from latentgen.conditioning.prompt import check_text
+from latentgen.conditioning.prompt import check_text, shown
 from latentgen.errors import RequestError
 
 EXPECTED = {
@@ -83,6 +85,7 @@ class Request(BaseModel):
     strict: bool = True
 
     def __init__(self, **said: Any) -> None:
+        said = {name: value.item() if isinstance(value, np.generic) else value for name, value in said.items()}  # np.int64(20) is 20
         for name in ("prompt", "negative_prompt"):
             if name in said or name == "prompt":
                 check_text(said.get(name), name=name)
@@ -96,6 +99,8 @@ class Request(BaseModel):
     def _interval(cls, value: Any) -> Any:
         if value is None:
             return None
+        if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, Real) and not isinstance(v, bool) for v in value):
+            raise ValueError("not two numbers")
         low, high = value
         if not (math.isfinite(low) and math.isfinite(high) and 0 <= low < high <= 1):
             raise ValueError("out of range")
@@ -120,7 +125,7 @@ def _sentence(error: ValidationError) -> str:
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return f"{name!r} is not a known option: {suggestion(name)}"
-    return f"{name} is {first['input']!r:.60}: expected {EXPECTED.get(name, first['msg'])}"
+    return f"{name} is {shown(first['input'])}: expected {EXPECTED.get(name, first['msg'])}"
 
 
 def suggestion(name: str) -> str:

@@ -87,13 +87,13 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(str(name))
     except RuntimeError:
         raise RequestError(f"device is {name!r}: expected 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'") from None
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, False)
-    if not here:
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= count:
         raise RequestError(f"device is {name!r}, which this machine does not have: use 'auto' or 'cpu'")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

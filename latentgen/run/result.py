@@ -68,15 +68,19 @@ class Result:
             RequestError: another suffix or quality. OutputError: the folder cannot be written; nothing partial stays.
         """
         target = Path(path)
-        if not 1 <= quality <= 100:
-            raise RequestError(f"quality is {quality!r}: expected a whole number from 1 to 100")
         several = len(self.images) > 1
-        names = [target.with_name(f"{target.stem}-{n}{target.suffix}") if several else target for n in range(1, len(self.images) + 1)]
+        names = [target.parent / f"{target.stem}-{n}{target.suffix}" if several else target for n in range(1, len(self.images) + 1)]
         return [save_image(image, name, metadata=metadata(self.recipe, seed), quality=quality) for image, name, seed in zip(self.images, names, self.seeds, strict=True)]
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """All pictures on one white sheet, `columns` wide (by default near a square)."""
-        columns = columns or max(1, round(len(self.images) ** 0.5))
+        """All pictures on one white sheet, `columns` wide (by default near a square).
+
+        Raises:
+            RequestError: columns is not a whole number of 1 or more.
+        """
+        columns = max(1, round(len(self.images) ** 0.5)) if columns is None else columns
+        if not isinstance(columns, int) or columns < 1:
+            raise RequestError(f"columns is {columns!r}: expected a whole number of 1 or more")
         rows = -(-len(self.images) // columns)
         width, height = self.image.size
         sheet = Image.new("RGB", (columns * width, rows * height), "white")

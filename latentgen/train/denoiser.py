@@ -56,7 +56,7 @@ class Cache:
     """Everything a step needs, computed once: latents of every training picture and text states of every caption.
 
     Attributes:
-        latents: (N, 4, h, w) float16, normalised (zero mean, unit deviation over the set).
+        latents: (N, 4, h, w) float16, scaled by the autoencoder's factor.
         states: (M, 32, width) float16; row 0 is the empty prompt.
         choices: for each picture the rows of `states` it may be trained with, and their weights.
         weights: (N,) sampling weights.
@@ -161,14 +161,14 @@ def sample(unet: nn.Module, states: Tensor, empty: Tensor, *, size: int, steps: 
     return x
 
 
-def sheet(vae: nn.Module, encoder: nn.Module, tokenizer: Path, prompts: list[str], *, size: int, scale: float, shift: float) -> Callable[[nn.Module], Image.Image]:
-    """A function that draws the prompts with the network as it is, for the training loop. `scale`, `shift`: latents normalised as (z - shift) * scale."""
+def sheet(vae: nn.Module, encoder: nn.Module, tokenizer: Path, prompts: list[str], *, size: int, scale: float) -> Callable[[nn.Module], Image.Image]:
+    """A function that draws the prompts with the network as it is, for the training loop. `scale`: of the latents."""
     with torch.no_grad():
         states = encoder(torch.from_numpy(text_training.tokens_of(["", *prompts], tokenizer))).last_hidden_state.float()
 
     def draw(unet: nn.Module) -> Image.Image:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            z = sample(unet, states[1:], states[:1], size=size) / scale + shift
+            z = sample(unet, states[1:], states[:1], size=size) / scale
             pixels = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
         tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         rows = [np.concatenate(list(tiles[at:at + 6]), 1) for at in range(0, len(tiles) - 5, 6)]

@@ -184,6 +184,26 @@ def loss(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     return {"loss": contrast + 4 * distil, "contrast": contrast.detach(), "distil": distil.detach(), "top1": hit.detach()}
 
 
+def _names() -> list[tuple[str, str]]:
+    """(open_clip name, transformers name) of every tensor that is the same in both, attention's joint projections apart."""
+    pairs_ = [("logit_scale", "logit_scale"), ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+              ("positional_embedding", "text_model.embeddings.position_embedding.weight"), ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+              ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+              ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")]
+    norms = [("ln_final", "text_model.final_layer_norm"), ("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm")]
+    for ours, theirs, layers in _TOWERS:
+        for n in range(layers):
+            norms += [(f"{ours}.resblocks.{n}.{a}", f"{theirs}.encoder.layers.{n}.{b}") for a, b in (
+                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))]
+    return pairs_ + [(f"{a}.{end}", f"{b}.{end}") for a, b in norms for end in ("weight", "bias")]
+
+
+_TOWERS = (("transformer", "text_model", TEXT_LAYERS), ("visual.transformer", "vision_model", PICTURE_LAYERS))
+_PROJECTIONS = (("text_projection", "text_projection.weight"), ("visual.proj", "visual_projection.weight"))  # transposed
+_JOINT = [(f"{a}.resblocks.{n}.attn.in_proj_{end}", f"{b}.encoder.layers.{n}.self_attn.{{}}_proj.{end}") for a, b, layers in _TOWERS for n in range(layers)
+          for end in ("weight", "bias")]
+
+
 def to_transformers(model: TwoTowers) -> nn.Module:
     """The same weights as a transformers CLIPModel (towers, projections and logit scale)."""
     from transformers import CLIPConfig, CLIPModel
@@ -196,26 +216,20 @@ def to_transformers(model: TwoTowers) -> nn.Module:
                            num_attention_heads=PICTURE_WIDTH // 32, image_size=PICTURE_SIZE, patch_size=PATCH, hidden_act="gelu", projection_dim=EMBED),
         projection_dim=EMBED)
     ours = model.clip.state_dict()
-    theirs: dict[str, Tensor] = {
-        "logit_scale": ours["logit_scale"], "text_projection.weight": ours["text_projection"].T, "visual_projection.weight": ours["visual.proj"].T,
-        "text_model.embeddings.token_embedding.weight": ours["token_embedding.weight"],
-        "text_model.embeddings.position_embedding.weight": ours["positional_embedding"],
-        "vision_model.embeddings.class_embedding": ours["visual.class_embedding"],
-        "vision_model.embeddings.position_embedding.weight": ours["visual.positional_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": ours["visual.conv1.weight"]}
-    for end in ("weight", "bias"):
-        theirs |= {f"text_model.final_layer_norm.{end}": ours[f"ln_final.{end}"], f"vision_model.pre_layrnorm.{end}": ours[f"visual.ln_pre.{end}"],
-                   f"vision_model.post_layernorm.{end}": ours[f"visual.ln_post.{end}"]}
-    for ours_at, theirs_at, layers in (("transformer", "text_model", TEXT_LAYERS), ("visual.transformer", "vision_model", PICTURE_LAYERS)):
-        for n in range(layers):
-            old, new = f"{ours_at}.resblocks.{n}", f"{theirs_at}.encoder.layers.{n}"
-            for end in ("weight", "bias"):
-                joint = ours[f"{old}.attn.in_proj_{end}"].chunk(3)
-                theirs |= {f"{new}.self_attn.{name}_proj.{end}": part for name, part in zip("qkv", joint, strict=True)}
-                for a, b in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
-                    theirs[f"{new}.{b}.{end}"] = ours[f"{old}.{a}.{end}"]
+    theirs = {b: ours[a] for a, b in _names()} | {b: ours[a].T for a, b in _PROJECTIONS}
+    for a, b in _JOINT:
+        theirs |= {b.format(name): part for name, part in zip("qkv", ours[a].chunk(3), strict=True)}
     built = CLIPModel(config)
     missing, extra = built.load_state_dict({k: v.contiguous() for k, v in theirs.items()}, strict=False)
     if extra or [m for m in missing if "position_ids" not in m]:
         raise TrainingError(f"the towers do not fit a CLIPModel: missing {missing}, unexpected {extra}")
     return built.eval()
+
+
+def from_transformers(theirs: Mapping[str, Tensor]) -> TwoTowers:
+    """The way back, so that training goes on from shipped weights: a CLIPModel's state dict as two towers (the teacher's head starts anew)."""
+    model = TwoTowers()
+    ours = {a: theirs[b].float() for a, b in _names()} | {a: theirs[b].T.float() for a, b in _PROJECTIONS}
+    ours |= {a: torch.cat([theirs[b.format(name)] for name in "qkv"]).float() for a, b in _JOINT}
+    model.clip.load_state_dict(ours, strict=False)
+    return model

@@ -100,22 +100,26 @@ def loss(vae: nn.Module, batch: Batch, *, train_encoder: bool = True) -> Mapping
 
 
 @torch.no_grad()
-def measure(vae: nn.Module, pixels: np.ndarray) -> tuple[float, list[list[float]]]:
-    """The scale that gives latents unit deviation, and the linear preview of the scaled latents.
-
-    Args:
-        pixels: (n, H, W, 3) uint8 pictures to measure on.
-
-    Returns:
-        (scale, 5 rows of RGB in [-1, 1]: one per latent channel and a constant, fitted by least squares).
-    """
+def unit_scale(vae: nn.Module, pixels: np.ndarray) -> float:
+    """The factor that gives the latents of these pictures ((n, H, W, 3) uint8) unit deviation."""
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     z = torch.cat([encode(vae, part.contiguous(memory_format=torch.channels_last)).float() for part in x.split(8)])
-    scale = 1 / float(z.std())
-    flat = (z * scale).permute(0, 2, 3, 1).reshape(-1, 4)
+    return round(1 / float(z.std()), 4)
+
+
+@torch.no_grad()
+def preview_rows(vae: nn.Module, pixels: np.ndarray) -> list[list[float]]:
+    """The linear preview of (scaled) latents: 5 rows of RGB in [-1, 1], one per channel and a constant, fitted by least squares.
+
+    Args:
+        pixels: (n, H, W, 3) uint8 pictures to fit on.
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    z = torch.cat([encode(vae, part.contiguous(memory_format=torch.channels_last)).float() for part in x.split(8)]) * vae.config.scaling_factor
+    flat = z.permute(0, 2, 3, 1).reshape(-1, 4)
     colours = nn.functional.avg_pool2d(x, 8).permute(0, 2, 3, 1).reshape(-1, 3)
     rows = torch.linalg.lstsq(torch.cat([flat, torch.ones(len(flat), 1)], 1), colours).solution
-    return scale, [[round(v, 4) for v in row] for row in rows.tolist()]
+    return [[round(v, 4) for v in row] for row in rows.tolist()]
 
 
 @torch.no_grad()

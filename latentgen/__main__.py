@@ -1,0 +1,5 @@
+"""`python -m latentgen` is the command line."""
+
+from latentgen.cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""The command line: which commands there are, and how an error becomes one line and an exit code. Knows no model, tensor or picture.
+
+Commands import what they need when they run, so that `latentgen --help` loads neither torch nor diffusers.
+Exit codes: 0 done, 1 other errors, 2 bad input, 3 a bad model, 4 output that cannot be written, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from latentgen.cli import pictures, reports, training
+from latentgen.errors import LatentgenError, ModelError, OutputError, RequestError
+
+EXIT_CODES = ((RequestError, 2), (ModelError, 3), (OutputError, 4), (LatentgenError, 1))  # ImageError is a RequestError
+
+
+class Commands(TyperGroup):
+    """The root group: every error that the library raises on purpose leaves as one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            value = super().invoke(ctx)
+            sys.stdout.flush()  # a reader that has gone is found here, not while Python shuts down
+            return value
+        except LatentgenError as error:
+            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+            raise typer.Exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind))) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            with suppress(OSError, ValueError):  # what is still buffered goes nowhere, silently
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import latentgen
+
+        typer.echo(f"latentgen {latentgen.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+                  epilog='Start with:  latentgen txt2img "a red heart"')
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)] = False) -> None:
+    """Words to pictures with latent diffusion.
+
+    Every command explains itself with --help.
+    """
+
+
+PICTURES, MODELS, MAKING = "Pictures", "Models", "Making and judging models"
+for function in (pictures.txt2img, pictures.img2img, pictures.inpaint, pictures.outpaint, pictures.plan):
+    app.command(rich_help_panel=PICTURES, epilog=pictures.EXAMPLES[function.__name__])(function)
+app.command(rich_help_panel=MODELS, epilog=reports.EXAMPLES["models"])(reports.models)
+app.add_typer(training.app, name="train", rich_help_panel=MAKING)
+app.command("eval", rich_help_panel=MAKING, epilog=reports.EXAMPLES["eval"])(reports.evaluate)
+app.command(rich_help_panel=MAKING, epilog=reports.EXAMPLES["bench"])(reports.bench)
+
+
+def main() -> None:
+    """The entry point of the `latentgen` command."""
+    app(prog_name="latentgen")

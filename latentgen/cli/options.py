@@ -1,0 +1,97 @@
+"""The options of the picture commands, as data. Knows their names, ranges and words; checks nothing (the Request and the Plan do) and runs nothing.
+
+A command takes groups of them with `@takes(...)`; they arrive as keyword arguments under the names that `Request` and `load` use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, signature
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Group = Sequence[Parameter]
+MODELS_OWN = "Default: the model's own."
+
+
+def _option(panel: str, name: str, kind: Any, flags: str, text: str, *, default: Any = None, metavar: str | None = None) -> Parameter:
+    info = typer.Option(*flags.split(), help=text, rich_help_panel=panel, metavar=metavar, show_default=default is not None)
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of the groups, as keywords: those it names itself and, in `**said`, the others."""
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in signature(function, eval_str=True).parameters.values() if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+        every = [*own, *chain.from_iterable(groups)]
+        function.__signature__ = Signature(every)  # type: ignore[attr-defined]  # what typer reads
+        function.__annotations__ = {p.name: p.annotation for p in every}
+        return function
+
+    return wrap
+
+
+_P = "Picture"
+WORDS: Group = (
+    _option(_P, "negative_prompt", str | None, "--negative --negative-prompt", "What the picture should not show. Needs guidance above 1.", metavar="TEXT"),
+    _option(_P, "seed", int | None, "--seed", "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Default: a new one, which is reported."),
+    _option(_P, "batch", int, "--batch", "How many pictures, 1 to 64; picture i uses seed + i.", default=1),
+)
+SIZE: Group = (
+    _option(_P, "width", int | None, "--width", "Pixels, 8 to 8192, a multiple of the model's unit (8 for most). Default: the model's own, or the image's."),
+    _option(_P, "height", int | None, "--height", "As --width."),
+)
+
+_E = "The edit"
+STRENGTH: Group = (
+    _option(_E, "strength", float | None, "--strength",
+            "Share of the steps that run, above 0 to 1: low keeps the picture, 1 redraws it. Default: the model's own for img2img, 1 for inpaint."),
+    _option(_E, "fit", str | None, "--fit", "'resize' lets a picture or mask of another size be resized. Default: a wrong size is an error.", metavar="resize"),
+)
+SIDES: Group = (
+    *(_option(_E, side, int, f"--{side}", f"Pixels to add {where}, 0 to 4096.", default=0)
+      for side, where in (("left", "at the left"), ("right", "at the right"), ("top", "on top"), ("bottom", "below"))),
+    _option(_E, "feather", int, "--feather", "Pixels, 0 to 512, over which old and new are blended.", default=0),
+)
+SOURCE: Group = (
+    _option(_E, "image", Path | None, "--image", "The picture to edit. Default: none, which is txt2img.", metavar="FILE"),
+    _option(_E, "mask", Path | None, "--mask", "What to repaint: white. Makes it inpaint.", metavar="FILE"),
+)
+
+_S = "Sampling"
+SAMPLING: Group = (
+    _option(_S, "steps", int | None, "--steps", f"How often the network looks at the picture, 1 to 1000; more is slower and finer. {MODELS_OWN}"),
+    _option(_S, "guidance_scale", float | None, "--guidance --guidance-scale", f"How closely to follow the words, 0 to 100; 1 turns it off and is twice as fast. {MODELS_OWN}"),
+    _option(_S, "sampler", str | None, "--sampler", f"ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or lcm. {MODELS_OWN}", metavar="NAME"),
+    _option(_S, "spacing", str | None, "--spacing", f"Which noise levels are visited: linspace, leading, trailing, simple, karras or exponential. {MODELS_OWN}", metavar="NAME"),
+    _option(_S, "eta", float | None, "--eta", "Fresh noise per step of the ddim sampler, 0 (none) to 1. Default: 0."),
+    _option(_S, "shift", float | None, "--shift", f"Moves the levels of a rectified-flow model towards noise, 0.01 to 100; 1 is none. {MODELS_OWN}"),
+    _option(_S, "guidance_rescale", float | None, "--guidance-rescale", f"0 to 1; tames the contrast that strong guidance adds. {MODELS_OWN}"),
+    _option(_S, "guidance_interval", tuple[float, float] | None, "--guidance-interval",
+            "Guide only in this part of the path, 0 (clean) to 1 (noise). Default: all of it.", metavar="LOW HIGH"),
+    _option(_S, "strict", bool, "--strict/--no-strict", "Whether an option that the model cannot honour is an error, or only a note.", default=True),
+)
+
+_M = "Model and machine"
+MACHINE: Group = (
+    _option(_M, "model", str, "--model -m", "A name that `latentgen models` lists, or a folder with a card.toml.", default="glyph", metavar="NAME"),
+    _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
+    _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
+    _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).", default="resident", metavar="NAME"),
+)
+
+_O = "Output"
+JSON: Group = (_option(_O, "as_json", bool, "--json", "Print everything as JSON on stdout, for scripts.", default=False),)
+OUTPUT: Group = (
+    _option(_O, "output", Path | None, "--output -o",
+            "The file, .png, .jpg or .webp (a batch gets -1, -2 ... before the suffix), or a folder. "
+            "Default: the words and the seed, a-red-heart-1234.png, never over a file that is there.", metavar="FILE"),
+    _option(_O, "quality", int | None, "--quality", "Of a .jpg or .webp, 1 to 100. Default: 95."),
+    _option(_O, "show", bool, "--show", "Show the picture in the terminal, where it can.", default=False),
+    _option(_O, "quiet", bool, "--quiet -q", "No progress and no notes; print only the file's name.", default=False),
+    *JSON,
+)

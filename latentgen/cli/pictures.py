@@ -1,0 +1,176 @@
+"""txt2img, img2img, inpaint, outpaint and plan: what was typed -> Request -> files. Knows names of files and what is printed; all the work is in run/."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentgen.cli.meter import Meter
+from latentgen.cli.options import JSON, MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, WORDS, takes
+from latentgen.errors import OutputError, RequestError
+
+if TYPE_CHECKING:
+    from latentgen.run.plan import Plan
+    from latentgen.run.result import Result
+
+EXAMPLES = {
+    "txt2img": 'Example:  latentgen txt2img "a red heart" --seed 1234 -o heart.png',
+    "img2img": 'Example:  latentgen img2img "a green apple" red-apple.png --strength 0.6',
+    "inpaint": 'Example:  latentgen inpaint "a blue hat" cat.png --mask where.png',
+    "outpaint": 'Example:  latentgen outpaint "a tree on a hill" tree.png --left 64 --right 64',
+    "plan": 'Example:  latentgen plan "a red heart" --steps 30 --batch 4',
+}
+Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", show_default=False)]
+Image = Annotated[Path, typer.Argument(help="The picture to start from.", metavar="IMAGE", show_default=False)]
+Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE, white where it is to be repainted.", rich_help_panel="The edit", metavar="FILE")]
+
+
+@takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+def txt2img(prompt: Prompt, **said: Any) -> None:
+    """Make a picture from words."""
+    _make("txt2img", prompt=prompt, **said)
+
+
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+def img2img(prompt: Prompt, image: Image, **said: Any) -> None:
+    """Redraw a picture towards the words."""
+    _make("img2img", prompt=prompt, image=image, **said)
+
+
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+def inpaint(prompt: Prompt, image: Image, mask: Mask, **said: Any) -> None:
+    """Repaint the white part of a mask; every other pixel stays as it is."""
+    _make("inpaint", prompt=prompt, image=image, mask=mask, **said)
+
+
+@takes(SIDES, WORDS, SAMPLING, MACHINE, OUTPUT)
+def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
+    """Continue a picture beyond its edges; the old pixels stay as they are."""
+    if not any(said[side] for side in ("left", "right", "top", "bottom")):
+        raise RequestError("outpaint was given no side to grow: pass at least one of --left, --right, --top and --bottom, in pixels")
+    _make("outpaint", prompt=prompt, image=image, **said)
+
+
+@takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, MACHINE, JSON)
+def plan(prompt: Prompt, *, as_json: bool, model: str, device: str, dtype: str, residency: str, **said: Any) -> None:
+    """Print what would be done, and find any error, without loading weights.
+
+    Takes the options of all picture commands: with --image it plans img2img, with --mask inpaint, with --left and so on outpaint.
+    """
+    from latentgen.run.request import Request
+
+    request = Request(prompt=prompt, **_given(said))
+    from latentgen.run.pipeline import load
+
+    made = load(model, device=device, dtype=dtype, residency=residency, progress=False).plan(request)
+    typer.echo(json.dumps(_plan_data(made), ensure_ascii=False, indent=1) if as_json else str(made))
+
+
+def _make(task: str, *, model: str, device: str, dtype: str, residency: str, output: Path | None, quality: int | None, show: bool, quiet: bool,
+          as_json: bool, **said: Any) -> None:
+    """The whole of a picture command. What can be wrong is found before the first step."""
+    if show and as_json:
+        raise RequestError("--show draws on stdout, where --json writes: use one of the two")
+    quality = _check_output(output, quality, strict=said["strict"])
+    from latentgen.run.request import Request
+
+    request = Request(**_given(said))
+    with Meter(shown=not quiet) as meter:
+        meter.phase(f"loading {Path(model).name}")
+        from latentgen.run.pipeline import load
+
+        run = load(model, device=device, dtype=dtype, residency=residency, progress=False).stream(request)
+        for step in run:
+            meter.step(step)
+            if step.index + 1 == step.total:
+                meter.phase("decoding")
+        result = run.result
+        files = _save(result, output, quality)
+    if not quiet:
+        for note in result.notes:
+            typer.echo(f"note: {note}", err=True)
+    _report(result, files, quiet=quiet, as_json=as_json)
+    if show:
+        from latentgen.terminal import show as show_picture
+
+        if not show_picture(result.image if len(result) == 1 else result.grid()):
+            typer.echo("note: this terminal shows no pictures (it needs kitty's or iTerm2's protocol, or COLORTERM=truecolor)", err=True)
+
+
+def _given(said: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> int:
+    """The quality to save with.
+
+    Raises:
+        RequestError: a suffix or quality that cannot be honoured. OutputError: a folder that is missing or cannot be written.
+    """
+    from latentgen.pixels.save import SUFFIXES
+
+    into_folder = output is None or output.is_dir()
+    if not into_folder and output.suffix.lower() not in SUFFIXES:
+        raise RequestError(f"the file name {output.name!r} ends in {output.suffix!r}: expected .png, .jpg (.jpeg) or .webp, or a folder that exists")
+    if quality is not None and not 1 <= quality <= 100:
+        raise RequestError(f"quality is {quality}: expected a whole number from 1 to 100")
+    if quality is not None and strict and (into_folder or output.suffix.lower() == ".png"):
+        raise RequestError("quality is given but the file is a PNG, which is always exact: name a .jpg or .webp with -o, or leave quality out")
+    folder = Path() if output is None else output if into_folder else output.parent
+    if not folder.is_dir():
+        raise OutputError(f"the folder {str(folder)!r} does not exist: make it first, or choose another")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"the folder {str(folder.resolve())!r} cannot be written: choose another with -o")
+    return 95 if quality is None else quality
+
+
+def _save(result: Result, output: Path | None, quality: int) -> list[Path]:
+    """Write the pictures: where -o says, or under names of their own, one per seed, that no file has yet."""
+    if output is not None and not output.is_dir():
+        return result.save(output, quality=quality)
+    from latentgen.pixels.save import save_image
+    from latentgen.run.recipe import metadata
+
+    words = slug(result.plan.request.prompt)
+    return [save_image(image, free_name(output or Path(), f"{words}-{seed}"), metadata=metadata(result.recipe, seed))
+            for image, seed in zip(result.images, result.seeds, strict=True)]
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a file name: its letters and digits in lower case, joined by "-", whole words up to 48 letters; "picture" where there are none."""
+    whole = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
+    short = whole if len(whole) <= 48 else whole[:49].rpartition("-")[0] or whole[:48]
+    return short or "picture"
+
+
+def free_name(folder: Path, stem: str) -> Path:
+    """`stem.png` in the folder, or `stem-2.png`, `stem-3.png` ... where that is taken."""
+    names = (folder / (f"{stem}.png" if n == 1 else f"{stem}-{n}.png") for n in count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _report(result: Result, files: list[Path], *, quiet: bool, as_json: bool) -> None:
+    seconds = result.timings["total"]
+    if as_json:
+        data = {"files": [str(f) for f in files], "seeds": list(result.seeds), "timings": dict(result.timings), "recipe": dict(result.recipe)}
+        typer.echo(json.dumps(data, ensure_ascii=False, indent=1))
+        return
+    for file, image, seed in zip(files, result.images, result.seeds, strict=True):
+        typer.echo(str(file) if quiet else f"{file}  {image.width}x{image.height}, seed {seed}" + (f", {seconds:.1f} s" if len(files) == 1 else ""))
+    if len(files) > 1 and not quiet:
+        typer.echo(f"{len(files)} pictures in {seconds:.1f} s")
+
+
+def _plan_data(made: Plan) -> dict[str, Any]:
+    """A plan as plain data: every field but the request and the picture, prompts as their counts, levels as numbers."""
+    from dataclasses import asdict, fields
+
+    data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("request", "source", "prompt", "negative", "levels")}
+    words = {name: {"text": chunks.text, "tokens": chunks.tokens, "chunks": len(chunks.ids)} for name, chunks in (("prompt", made.prompt), ("negative", made.negative))}
+    return data | {"steps": made.steps, "options": dict(made.options), "weights": dict(made.weights)} | words | {"levels": [asdict(level) for level in made.levels]}

@@ -1,0 +1,134 @@
+"""models, eval and bench: what there is and how well it does, as tables or JSON. Knows cards and named numbers; measures nothing itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from latentgen.models.card import Card
+
+EXAMPLES = {
+    "models": "Examples:  latentgen models   and   latentgen models glyph",
+    "eval": "Example:  latentgen eval glyph --data glyph-data --out report --pictures 200",
+    "bench": "Example:  latentgen bench --steps 20 --rounds 5 --threads 2",
+}
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+
+
+def models(name: Annotated[str | None, typer.Argument(help="A model's name, or a folder with a card.toml. Default: list all.", metavar="[NAME]", show_default=False)] = None,
+           as_json: AsJson = False) -> None:
+    """List the models that are here, or tell all about one."""
+    from latentgen.models.card import cards, find_card
+
+    if name is not None:
+        about = _details(find_card(name))
+        typer.echo(json.dumps(about, ensure_ascii=False, indent=1) if as_json else "\n".join(_lines(about)))
+        return
+    rows = [{"name": c.name, "family": c.family, "summary": c.summary, "licence": c.licence, "bytes": _bytes(c.folder)} for c in cards().values()]
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+    elif not rows:
+        typer.echo("no models are packaged with this version: pass a folder with a card.toml as --model", err=True)
+    else:
+        _table(("name", "family", "summary", "licence", "size"), [(*(str(r[k]) or "-" for k in ("name", "family", "summary", "licence")), _size(r["bytes"])) for r in rows])
+
+
+def evaluate(model: Annotated[str, typer.Argument(help="A model's name, or a folder with a card.toml.")],
+             data: Annotated[Path, typer.Option(help="The training set, for its held-out pictures.", metavar="DIR", exists=True, file_okay=False, show_default=False)],
+             out: Annotated[Path, typer.Option(help="Where the report goes.", metavar="DIR", file_okay=False, show_default=False)],
+             pictures: Annotated[int, typer.Option(help="How many pictures are made and judged, 1 or more.", min=1)] = 200,
+             seed: Annotated[int, typer.Option(help="Seed of the first picture, 0 or more.", min=0)] = 0, as_json: AsJson = False) -> None:
+    """Judge a model: make pictures of words it was not trained on and measure how well they fit."""
+    from latentgen.evaluate.glyph import evaluate as judge
+
+    _numbers(judge(model, data, out, pictures=pictures, seed=seed), as_json=as_json)
+    typer.echo(f"written to {out}", err=True)
+
+
+def bench(model: Annotated[str, typer.Option("--model", "-m", help="A model's name, or a folder with a card.toml.")] = "glyph",
+          size: Annotated[int, typer.Option(help="Side of the picture in pixels, 8 to 8192.", min=8, max=8192)] = 256,
+          steps: Annotated[int, typer.Option(help="Steps per picture, 1 to 1000.", min=1, max=1000)] = 20,
+          rounds: Annotated[int, typer.Option(help="How often each side is timed, in turns, 1 or more.", min=1)] = 5,
+          against: Annotated[str, typer.Option(help="What to compare with: diffusers' own pipeline on the same weights.")] = "diffusers",
+          threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.", min=1, show_default=False)] = None, as_json: AsJson = False) -> None:
+    """Time this engine against another on the same model, and print the ratio."""
+    from latentgen.bench.run import bench as measure
+
+    _numbers(measure(model, width=size, height=size, steps=steps, rounds=rounds, against=against, threads=threads), as_json=as_json)
+
+
+def _details(card: Card) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from latentgen.models.load import weight_bytes
+
+    family = card.load_family()
+    parts = {p.name: {"class": p.cls, "bytes": weight_bytes(card.folder, p)} for p in family.parts}
+    return {"name": card.name, "family": card.family, "summary": card.summary, "licence": card.licence, "folder": str(card.folder), "bytes": _bytes(card.folder),
+            "prediction": family.prediction, "guidance": family.guidance, "defaults": asdict(family.defaults), "parts": parts}
+
+
+def _lines(about: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in about.items():
+        if name == "defaults":
+            text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+        elif name == "parts":
+            text = ", ".join(f"{part} ({said['class']}, {_size(said['bytes'])})" for part, said in value.items())
+        else:
+            text = _size(value) if name == "bytes" else str(value) or "-"
+        yield f"{'size' if name == 'bytes' else name:<10} {text}"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _numbers(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print named numbers, nested or not; what has "ratio" in its name comes last, where the eye lands."""
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=1, default=str))
+        return
+    rows = sorted(_flat(found), key=lambda row: "ratio" in row[0])
+    _table(("what", "value"), rows)
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, (list, tuple)):
+            yield f"{prefix}{name}", ", ".join(map(_shown, value))
+        else:
+            yield f"{prefix}{name}", _shown(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _console().print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)  # a pipe is not 80 letters wide

@@ -1,0 +1,84 @@
+"""Pictures made once and kept: a list of prompts to numbered files, where a second run of the same requests finds them. Knows the pipeline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+from latentgen.errors import ImageError
+from latentgen.pixels.save import read_metadata, save_image
+
+if TYPE_CHECKING:
+    from latentgen.run.pipeline import Pipeline
+
+T = TypeVar("T")
+TIMINGS = "latentgen-timings"
+FREE = ("versions", "notes")  # of a recipe: they do not decide the picture
+
+
+@dataclass(frozen=True)
+class Made:
+    """One picture with its prompt and the seconds that each stage took when it was made."""
+
+    image: Image.Image
+    prompt: str
+    timings: Mapping[str, float]
+
+
+def make(pipe: Pipeline, folder: Path, wanted: Sequence[Mapping[str, Any]], *, progress: bool | None = None) -> list[Made]:
+    """One picture for each set of options (with "prompt" and "seed"), kept as folder/NNN.png with its recipe.
+
+    A file whose recipe says the same request, weights, dtype and device is taken as it is; any other is made again.
+
+    Raises:
+        RequestError: options that cannot be honoured. OutputError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_one(pipe, folder / f"{n:03}.png", dict(options)) for n, options in enumerate(bar(wanted, f"draw {folder.name}", progress))]
+
+
+def _one(pipe: Pipeline, path: Path, options: dict[str, Any]) -> Made:
+    from latentgen.models.load import digest
+    from latentgen.run.recipe import KEY, make_recipe, metadata
+
+    prompt = options.pop("prompt")
+    plan = pipe.plan(prompt, **options)
+    recipe = json.loads(metadata(make_recipe(plan, digest(pipe.card.folder, pipe.family.parts), plan.notes), plan.seeds[0])[KEY])
+    kept = _kept(path)
+    if kept is not None and _deciding(kept[0]) == _deciding(recipe):
+        with Image.open(path) as image:
+            return Made(image.convert("RGB"), prompt, kept[1])
+    result = pipe.stream(plan).result
+    words = {**metadata(result.recipe, plan.seeds[0]), TIMINGS: json.dumps(dict(result.timings))}
+    save_image(result.image, path, metadata=words)
+    return Made(result.image, prompt, result.timings)
+
+
+def _kept(path: Path) -> tuple[dict[str, Any], dict[str, float]] | None:
+    """Recipe and timings of a file from an earlier run, None if there is none that can be read."""
+    from latentgen.run.recipe import KEY
+
+    try:
+        words = read_metadata(path)
+        recipe, timings = json.loads(words[KEY]), json.loads(words[TIMINGS])
+    except (ImageError, KeyError, ValueError):
+        return None
+    return (recipe, timings) if isinstance(recipe, dict) and isinstance(timings, dict) else None
+
+
+def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in recipe.items() if k not in FREE}
+
+
+def bar(things: Iterable[T], label: str, shown: bool | None) -> Iterable[T]:
+    """The things one by one, with a progress bar on stderr; `shown` None means: only where a person watches."""
+    from tqdm.auto import tqdm
+
+    watched = shown if shown is not None else sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(things, desc=label, disable=not watched)

@@ -1,0 +1,88 @@
+"""Notebooks: a live preview and labelled sheets. Thin: all the work is in `run/`. Outside a notebook `live` runs quietly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from latentgen.errors import RequestError
+from latentgen.run.pipeline import Pipeline
+from latentgen.run.request import Request
+from latentgen.run.result import Result
+
+
+def live(pipe: Pipeline, request: Request | str, *, every: int = 1, size: int = 256, **options: Any) -> Result | None:
+    """Run a request with a picture that sharpens as it goes. Interrupting the cell (the stop button of the notebook) stops within one step.
+
+    Args:
+        request: a `Request`, or a prompt with the options of `Request`.
+        every: steps between two previews.
+        size: side of the preview in screen pixels.
+
+    Returns:
+        The result, or None where it was interrupted.
+
+    Raises:
+        RequestError: input that cannot be honoured, or `every` below 1.
+    """
+    if every < 1:
+        raise RequestError(f"every is {every!r}: expected a whole number of steps, 1 or more")
+    run, screen = pipe.stream(request, **options), _Screen()
+    try:
+        for step in run:
+            if step.index % every == 0:
+                screen.show(_captioned(run.preview(step), f"step {step.index + 1} of {step.total}", size, smooth=True))
+        result = run.result
+    except KeyboardInterrupt:
+        run.close()
+        return None
+    screen.show(_captioned(list(result.images), f"{result.timings['total']:.1f} s, seeds {', '.join(map(str, result.seeds))}", size))
+    return result
+
+
+def _captioned(images: list[Image.Image], text: str, size: int, *, smooth: bool = False) -> Image.Image:
+    return sheet(images, [text, *[""] * (len(images) - 1)], tile=size, smooth=smooth)
+
+
+def sheet(images: Sequence[Image.Image], labels: Sequence[str] | None = None, *, columns: int | None = None, tile: int = 192, smooth: bool = False) -> Image.Image:
+    """Pictures in a grid on white, each scaled to fit `tile` x `tile` pixels, with a label under it where labels are given.
+
+    Raises:
+        RequestError: no pictures, or another number of labels.
+    """
+    if not images:
+        raise RequestError("there are no pictures to lay out: pass at least one")
+    if labels is not None and len(labels) != len(images):
+        raise RequestError(f"there are {len(labels)} labels for {len(images)} pictures: pass one each")
+    columns = columns or min(len(images), 6)
+    rows, line = -(-len(images) // columns), 18 if labels else 0
+    page = Image.new("RGB", (columns * tile, rows * (tile + line)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for n, image in enumerate(images):
+        left, top = n % columns * tile, n // columns * (tile + line)
+        scale = tile / max(image.size)
+        small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC if smooth else Image.Resampling.LANCZOS)
+        page.paste(small, (left + (tile - small.width) // 2, top + (tile - small.height) // 2))
+        if labels is not None:
+            pen.text((left + tile / 2, top + tile + line / 2), labels[n], fill="black", font=font, anchor="mm")
+    return page
+
+
+class _Screen:
+    """One output area that is updated in place in a notebook; elsewhere nothing."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        with suppress(ImportError):
+            from IPython import get_ipython
+            from IPython.display import display
+
+            if get_ipython() is not None:
+                self._handle = display(display_id=True)
+
+    def show(self, image: Image.Image) -> None:
+        if self._handle is not None:
+            self._handle.update(image)
