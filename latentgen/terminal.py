@@ -51,8 +51,8 @@ def kitty(image: Image) -> str:
     """The picture as PNG in kitty's chunks; q=2 asks for no answer, which nobody would read."""
     data = base64.b64encode(_png(image)).decode()
     pieces = [data[at:at + CHUNK] for at in range(0, len(data), CHUNK)]
-    heads = ["a=T,f=100,q=2," if n == 0 else "" for n in range(len(pieces))]
-    return "".join(f"\x1b_G{head}m={int(n + 1 < len(pieces))};{piece}\x1b\\" for n, (head, piece) in enumerate(zip(heads, pieces, strict=True))) + "\n"
+    last = len(pieces) - 1
+    return "".join(f"\x1b_G{'' if n else 'a=T,f=100,q=2,'}m={int(n < last)};{piece}\x1b\\" for n, piece in enumerate(pieces)) + "\n"
 
 
 def iterm(image: Image) -> str:

@@ -60,9 +60,9 @@ def ours(pipe):
 
 
 def run(pipe, sampler, **more):
-    run = pipe.stream(PROMPT, negative_prompt=NEGATIVE, steps=STEPS, guidance_scale=SCALE, sampler=sampler, seed=3, **more)
-    *_, last = run
-    return last.x, run.result.image
+    stream = pipe.stream(PROMPT, negative_prompt=NEGATIVE, steps=STEPS, guidance_scale=SCALE, sampler=sampler, seed=3, **more)
+    *_, last = stream
+    return last.x, stream.result.image
 
 
 def same(x, reference, *, tolerance=1e-4):
@@ -120,6 +120,12 @@ def test_txt2img(ours, parts, sampler):
     latent, image = ours(sampler)
     same(latent, theirs(**said(height=SIZE, width=SIZE, output_type="latent")).images)
     near(image, theirs(**said(height=SIZE, width=SIZE)).images[0])
+
+
+@each_sampler
+def test_exactly_zero_terminal_snr_is_what_they_come_near_to(pipe, parts, sampler):
+    theirs = stock(parts, sampler)(**said(height=SIZE, width=SIZE, output_type="latent")).images
+    same(run(pipe, sampler)[0], theirs, tolerance=2e-3)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 1.0])

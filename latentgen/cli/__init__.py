@@ -31,6 +31,11 @@ class Commands(TyperGroup):
         except LatentgenError as error:
             typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
             raise typer.Exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind))) from None
+        except ModuleNotFoundError as error:
+            if (error.name or "latentgen").startswith("latentgen"):
+                raise
+            typer.echo(f"error: this needs the package {error.name!r}, which is not installed: pip install 'latentgen[train]'", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None

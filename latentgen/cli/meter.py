@@ -31,8 +31,8 @@ class Meter:
 
             console = Console(stderr=True)
             if console.is_terminal:
-                self._bar = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[text]}", markup=False),
-                                     console=console, transient=True)
+                words, numbers = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[text]}"))
+                self._bar = Progress(SpinnerColumn(), words, BarColumn(bar_width=24), numbers, console=console, transient=True)
                 self._bar.start()
                 self._task = self._bar.add_task("", total=None, text="")
         return self

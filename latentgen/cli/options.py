@@ -37,12 +37,15 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
 
 _P = "Picture"
 WORDS: Group = (
-    _option(_P, "negative_prompt", str | None, "--negative --negative-prompt", "What the picture should not show. Needs guidance above 1.", metavar="TEXT"),
-    _option(_P, "seed", int | None, "--seed", "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Default: a new one, which is reported."),
+    _option(_P, "negative_prompt", str | None, "--negative --negative-prompt", "What the picture should not show. Needs guidance above 1.",
+            metavar="TEXT"),
+    _option(_P, "seed", int | None, "--seed",
+            "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Default: a new one, which is reported."),
     _option(_P, "batch", int, "--batch", "How many pictures, 1 to 64; picture i uses seed + i.", default=1),
 )
 SIZE: Group = (
-    _option(_P, "width", int | None, "--width", "Pixels, 8 to 8192, a multiple of the model's unit (8 for most). Default: the model's own, or the image's."),
+    _option(_P, "width", int | None, "--width",
+            "Pixels, 8 to 8192, a multiple of the model's unit (8 for most). Default: the model's own, or the image's."),
     _option(_P, "height", int | None, "--height", "As --width."),
 )
 
@@ -50,7 +53,8 @@ _E = "The edit"
 STRENGTH: Group = (
     _option(_E, "strength", float | None, "--strength",
             "Share of the steps that run, above 0 to 1: low keeps the picture, 1 redraws it. Default: the model's own for img2img, 1 for inpaint."),
-    _option(_E, "fit", str | None, "--fit", "'resize' lets a picture or mask of another size be resized. Default: a wrong size is an error.", metavar="resize"),
+    _option(_E, "fit", str | None, "--fit",
+            "'resize' lets a picture or mask of another size be resized. Default: a wrong size is an error.", metavar="resize"),
 )
 SIDES: Group = (
     *(_option(_E, side, int, f"--{side}", f"Pixels to add {where}, 0 to 4096.", default=0)
@@ -65,9 +69,12 @@ SOURCE: Group = (
 _S = "Sampling"
 SAMPLING: Group = (
     _option(_S, "steps", int | None, "--steps", f"How often the network looks at the picture, 1 to 1000; more is slower and finer. {MODELS_OWN}"),
-    _option(_S, "guidance_scale", float | None, "--guidance --guidance-scale", f"How closely to follow the words, 0 to 100; 1 turns it off and is twice as fast. {MODELS_OWN}"),
-    _option(_S, "sampler", str | None, "--sampler", f"ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or lcm. {MODELS_OWN}", metavar="NAME"),
-    _option(_S, "spacing", str | None, "--spacing", f"Which noise levels are visited: linspace, leading, trailing, simple, karras or exponential. {MODELS_OWN}", metavar="NAME"),
+    _option(_S, "guidance_scale", float | None, "--guidance --guidance-scale",
+            f"How closely to follow the words, 0 to 100; 1 turns it off and is twice as fast. {MODELS_OWN}"),
+    _option(_S, "sampler", str | None, "--sampler", f"ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or lcm. {MODELS_OWN}",
+            metavar="NAME"),
+    _option(_S, "spacing", str | None, "--spacing",
+            f"Which noise levels are visited: linspace, leading, trailing, simple, karras or exponential. {MODELS_OWN}", metavar="NAME"),
     _option(_S, "eta", float | None, "--eta", "Fresh noise per step of the ddim sampler, 0 (none) to 1. Default: 0."),
     _option(_S, "shift", float | None, "--shift", f"Moves the levels of a rectified-flow model towards noise, 0.01 to 100; 1 is none. {MODELS_OWN}"),
     _option(_S, "guidance_rescale", float | None, "--guidance-rescale", f"0 to 1; tames the contrast that strong guidance adds. {MODELS_OWN}"),
@@ -81,7 +88,8 @@ MACHINE: Group = (
     _option(_M, "model", str, "--model -m", "A name that `latentgen models` lists, or a folder with a card.toml.", default="glyph", metavar="NAME"),
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
-    _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).", default="resident", metavar="NAME"),
+    _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).",
+            default="resident", metavar="NAME"),
 )
 
 _O = "Output"

@@ -1,4 +1,4 @@
-"""txt2img, img2img, inpaint, outpaint and plan: what was typed -> Request -> files. Knows names of files and what is printed; all the work is in run/."""
+"""txt2img, img2img, inpaint, outpaint and plan: what was typed -> Request -> files. Knows file names and what is printed; the work is in run/."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ EXAMPLES = {
     "outpaint": 'Example:  latentgen outpaint "a tree on a hill" tree.png --left 64 --right 64',
     "plan": 'Example:  latentgen plan "a red heart" --steps 30 --batch 4',
 }
-Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", show_default=False)]
+Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", metavar="PROMPT", show_default=False)]
 Image = Annotated[Path, typer.Argument(help="The picture to start from.", metavar="IMAGE", show_default=False)]
-Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE, white where it is to be repainted.", rich_help_panel="The edit", metavar="FILE")]
+Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE, white where it is to be repainted.", rich_help_panel="The edit",
+                                    metavar="FILE")]
 
 
 @takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
@@ -40,18 +41,21 @@ def txt2img(prompt: Prompt, **said: Any) -> None:
 @takes(STRENGTH, WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
 def img2img(prompt: Prompt, image: Image, **said: Any) -> None:
     """Redraw a picture towards the words."""
+    _check_order(prompt, image)
     _make("img2img", prompt=prompt, image=image, **said)
 
 
 @takes(STRENGTH, WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
 def inpaint(prompt: Prompt, image: Image, mask: Mask, **said: Any) -> None:
     """Repaint the white part of a mask; every other pixel stays as it is."""
+    _check_order(prompt, image)
     _make("inpaint", prompt=prompt, image=image, mask=mask, **said)
 
 
 @takes(SIDES, WORDS, SAMPLING, MACHINE, OUTPUT)
 def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     """Continue a picture beyond its edges; the old pixels stay as they are."""
+    _check_order(prompt, image)
     if not any(said[side] for side in ("left", "right", "top", "bottom")):
         raise RequestError("outpaint was given no side to grow: pass at least one of --left, --right, --top and --bottom, in pixels")
     _make("outpaint", prompt=prompt, image=image, **said)
@@ -82,7 +86,7 @@ def _make(task: str, *, model: str, device: str, dtype: str, residency: str, out
 
     request = Request(**_given(said))
     with Meter(shown=not quiet) as meter:
-        meter.phase(f"loading {Path(model).name}")
+        meter.phase(f"loading {model}")
         from latentgen.run.pipeline import load
 
         run = load(model, device=device, dtype=dtype, residency=residency, progress=False).stream(request)
@@ -103,6 +107,11 @@ def _make(task: str, *, model: str, device: str, dtype: str, residency: str, out
             typer.echo("note: this terminal shows no pictures (it needs kitty's or iTerm2's protocol, or COLORTERM=truecolor)", err=True)
 
 
+def _check_order(prompt: str, image: Path) -> None:
+    if os.path.isfile(prompt) and not os.path.exists(image):
+        raise RequestError(f"the prompt {prompt!r} is a file, and the image {str(image)!r} is not there: give the words first, then the picture")
+
+
 def _given(said: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
@@ -115,7 +124,7 @@ def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> 
     """
     from latentgen.pixels.save import SUFFIXES
 
-    into_folder = output is None or output.is_dir()
+    into_folder = output is None or os.path.isdir(output)
     if not into_folder and output.suffix.lower() not in SUFFIXES:
         raise RequestError(f"the file name {output.name!r} ends in {output.suffix!r}: expected .png, .jpg (.jpeg) or .webp, or a folder that exists")
     if quality is not None and not 1 <= quality <= 100:
@@ -123,7 +132,7 @@ def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> 
     if quality is not None and strict and (into_folder or output.suffix.lower() == ".png"):
         raise RequestError("quality is given but the file is a PNG, which is always exact: name a .jpg or .webp with -o, or leave quality out")
     folder = Path() if output is None else output if into_folder else output.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"the folder {str(folder)!r} does not exist: make it first, or choose another")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"the folder {str(folder.resolve())!r} cannot be written: choose another with -o")
@@ -132,7 +141,7 @@ def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> 
 
 def _save(result: Result, output: Path | None, quality: int) -> list[Path]:
     """Write the pictures: where -o says, or under names of their own, one per seed, that no file has yet."""
-    if output is not None and not output.is_dir():
+    if output is not None and not os.path.isdir(output):
         return result.save(output, quality=quality)
     from latentgen.pixels.save import save_image
     from latentgen.run.recipe import metadata
@@ -172,5 +181,7 @@ def _plan_data(made: Plan) -> dict[str, Any]:
     from dataclasses import asdict, fields
 
     data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("request", "source", "prompt", "negative", "levels")}
-    words = {name: {"text": chunks.text, "tokens": chunks.tokens, "chunks": len(chunks.ids)} for name, chunks in (("prompt", made.prompt), ("negative", made.negative))}
-    return data | {"steps": made.steps, "options": dict(made.options), "weights": dict(made.weights)} | words | {"levels": [asdict(level) for level in made.levels]}
+    data |= {"steps": made.steps, "options": dict(made.options), "weights": dict(made.weights)}
+    for name, chunks in (("prompt", made.prompt), ("negative", made.negative)):
+        data[name] = {"text": chunks.text, "tokens": chunks.tokens, "chunks": len(chunks.ids)}
+    return data | {"levels": [asdict(level) for level in made.levels]}

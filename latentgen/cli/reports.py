@@ -20,11 +20,13 @@ EXAMPLES = {
     "eval": "Example:  latentgen eval glyph --data glyph-data --out report --pictures 200",
     "bench": "Example:  latentgen bench --steps 20 --rounds 5 --threads 2",
 }
+ABOUT_MODEL = "A model's name, or a folder with a card.toml."
+Name = Annotated[str | None, typer.Argument(help=f"{ABOUT_MODEL} Default: list all.", metavar="NAME", show_default=False)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.", min=1, show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 
 
-def models(name: Annotated[str | None, typer.Argument(help="A model's name, or a folder with a card.toml. Default: list all.", metavar="[NAME]", show_default=False)] = None,
-           as_json: AsJson = False) -> None:
+def models(name: Name = None, as_json: AsJson = False) -> None:
     """List the models that are here, or tell all about one."""
     from latentgen.models.card import cards, find_card
 
@@ -38,11 +40,13 @@ def models(name: Annotated[str | None, typer.Argument(help="A model's name, or a
     elif not rows:
         typer.echo("no models are packaged with this version: pass a folder with a card.toml as --model", err=True)
     else:
-        _table(("name", "family", "summary", "licence", "size"), [(*(str(r[k]) or "-" for k in ("name", "family", "summary", "licence")), _size(r["bytes"])) for r in rows])
+        head = ("name", "family", "summary", "licence")
+        _table((*head, "size"), [(*(str(row[key]) or "-" for key in head), _size(row["bytes"])) for row in rows])
 
 
-def evaluate(model: Annotated[str, typer.Argument(help="A model's name, or a folder with a card.toml.")],
-             data: Annotated[Path, typer.Option(help="The training set, for its held-out pictures.", metavar="DIR", exists=True, file_okay=False, show_default=False)],
+def evaluate(model: Annotated[str, typer.Argument(help=ABOUT_MODEL, metavar="NAME")],
+             data: Annotated[Path, typer.Option(help="The set that `latentgen train data` made.", metavar="DIR", exists=True, file_okay=False,
+                                                show_default=False)],
              out: Annotated[Path, typer.Option(help="Where the report goes.", metavar="DIR", file_okay=False, show_default=False)],
              pictures: Annotated[int, typer.Option(help="How many pictures are made and judged, 1 or more.", min=1)] = 200,
              seed: Annotated[int, typer.Option(help="Seed of the first picture, 0 or more.", min=0)] = 0, as_json: AsJson = False) -> None:
@@ -53,16 +57,17 @@ def evaluate(model: Annotated[str, typer.Argument(help="A model's name, or a fol
     typer.echo(f"written to {out}", err=True)
 
 
-def bench(model: Annotated[str, typer.Option("--model", "-m", help="A model's name, or a folder with a card.toml.")] = "glyph",
+def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, metavar="NAME")] = "glyph",
           size: Annotated[int, typer.Option(help="Side of the picture in pixels, 8 to 8192.", min=8, max=8192)] = 256,
           steps: Annotated[int, typer.Option(help="Steps per picture, 1 to 1000.", min=1, max=1000)] = 20,
           rounds: Annotated[int, typer.Option(help="How often each side is timed, in turns, 1 or more.", min=1)] = 5,
-          against: Annotated[str, typer.Option(help="What to compare with: diffusers' own pipeline on the same weights.")] = "diffusers",
-          threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.", min=1, show_default=False)] = None, as_json: AsJson = False) -> None:
-    """Time this engine against another on the same model, and print the ratio."""
+          against: Annotated[str, typer.Option(help="diffusers (its own pipeline on the same files), or none.", metavar="NAME")] = "diffusers",
+          cold: Annotated[bool, typer.Option(help="Whether the start of new processes is timed, too.")] = True,
+          threads: Threads = None, as_json: AsJson = False) -> None:
+    """Time this engine against another on the same model, and print the ratios: above 1 means that this one is faster."""
     from latentgen.bench.run import bench as measure
 
-    _numbers(measure(model, width=size, height=size, steps=steps, rounds=rounds, against=against, threads=threads), as_json=as_json)
+    _numbers(measure(model, width=size, height=size, steps=steps, rounds=rounds, against=against, threads=threads, cold=cold), as_json=as_json)
 
 
 def _details(card: Card) -> dict[str, Any]:
@@ -72,8 +77,9 @@ def _details(card: Card) -> dict[str, Any]:
 
     family = card.load_family()
     parts = {p.name: {"class": p.cls, "bytes": weight_bytes(card.folder, p)} for p in family.parts}
-    return {"name": card.name, "family": card.family, "summary": card.summary, "licence": card.licence, "folder": str(card.folder), "bytes": _bytes(card.folder),
-            "prediction": family.prediction, "guidance": family.guidance, "defaults": asdict(family.defaults), "parts": parts}
+    return {"name": card.name, "family": card.family, "summary": card.summary, "licence": card.licence, "folder": str(card.folder),
+            "bytes": _bytes(card.folder), "prediction": family.prediction, "guidance": family.guidance, "defaults": asdict(family.defaults),
+            "parts": parts}
 
 
 def _lines(about: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,8 @@ import typer
 from latentgen.errors import OutputError, TrainingError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make a model like glyph from the packaged icon sets, on a CPU.",
-                  epilog="In this order:  data, then text and vae (in any order), then denoiser, then export. Each can be stopped with Ctrl-C and goes on when run again.")
+                  epilog="In this order:  data, then text and vae (in any order), then denoiser, then export. "
+                         "Each can be stopped with Ctrl-C and goes on when run again.")
 
 
 def _folder(flag: str, text: str, *, there: bool = False) -> Any:
@@ -20,7 +21,7 @@ def _folder(flag: str, text: str, *, there: bool = False) -> Any:
 
 
 Data = Annotated[Path, _folder("--data", "The training set that `train data` made.", there=True)]
-Run = Annotated[Path, _folder("--run", "Where the run is kept: state, loss.csv, loss.png, a sheet of samples and, at the end, the weights in model/.")]
+Run = Annotated[Path, _folder("--run", "Where the run is kept: state, loss.csv, loss.png, sheet.png and, at the end, the weights in model/.")]
 Minutes = Annotated[float, typer.Option(help="Minutes of training in all, above 0; earlier runs in the same folder count.")]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW, above 0.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.", show_default=False)]
@@ -28,16 +29,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Defau
 
 @contextmanager
 def _stoppable(what: str, *, resumes: bool = True) -> Iterator[None]:
-    """Ctrl-C ends in one line that says how to go on; a package or a right that is missing is an error in one line."""
+    """Ctrl-C ends in one line that says how to go on; a folder that cannot be read or written is an error in one line."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"stopped: what was done is kept; run the same command again to go on with {what}" if resumes else f"stopped: run {what} again", err=True)
+        how = f"what was done is kept; run the same command again to go on with {what}" if resumes else f"run {what} again"
+        typer.echo(f"stopped: {how}", err=True)
         raise typer.Exit(130) from None
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("latentgen"):
-            raise
-        raise TrainingError(f"training needs the package {error.name!r}, which is not installed: pip install 'latentgen[train]'") from error
     except OSError as error:
         if isinstance(error, (OutputError, BrokenPipeError)):
             raise
@@ -89,7 +87,7 @@ def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: 
 
 @app.command(epilog="Example:  latentgen train vae --data glyph-data --run runs/vae --minutes 40")
 def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: Threads = None,
-        resume_from: Annotated[Path | None, _folder("--resume-from", "Autoencoder weights to start from. Default: none.", there=True)] = None) -> None:
+        resume_from: Annotated[Path | None, _folder("--resume-from", "Autoencoder weights to start from.", there=True)] = None) -> None:
     """Train the autoencoder, pictures to latents and back.
 
     Takes --minutes. Writes model/ into the run folder; saves as it goes, with a sheet of pictures beside what comes back.
@@ -106,8 +104,10 @@ def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: T
 def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The run folder of `train text`, finished.", there=True)],
              vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`, finished.", there=True)],
              size: Annotated[int, typer.Option(help="Side of the pictures in pixels: 128 learns four times as fast, 256 is the end.")] = 256,
-             minutes: Minutes = 120, lr: Rate = 6e-4, batch: Annotated[int, typer.Option(help="Pictures per step, 1 or more.")] = 48, threads: Threads = None,
-             start: Annotated[Path | None, _folder("--start", "U-Net weights to start from, such as a smaller size's RUN/model. Default: none.", there=True)] = None) -> None:
+             minutes: Minutes = 120, lr: Rate = 6e-4, batch: Annotated[int, typer.Option(help="Pictures per step, 1 or more.")] = 48,
+             threads: Threads = None,
+             start: Annotated[Path | None, _folder("--start", "U-Net weights to start from, such as a smaller size's RUN/model.", there=True)] = None,
+             ) -> None:
     """Train the denoiser, the U-Net that turns noise and words into latents.
 
     Takes --minutes, and a few more the first time to encode every picture. Writes model/ into the run folder; saves as it goes.
@@ -116,13 +116,14 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
     with _stoppable("the denoiser"):
         from latentgen.train.stages import train_denoiser
 
-        train_denoiser(data, run, size=size, minutes=minutes, lr=lr, batch=batch, threads=threads, vae=_finished(vae, "vae"), text=_finished(text, "text"),
-                       start=start)
+        train_denoiser(data, run, size=size, minutes=minutes, lr=lr, batch=batch, threads=threads, vae=_finished(vae, "vae"),
+                       text=_finished(text, "text"), start=start)
     typer.echo(f"{run / 'model'}: the denoiser is trained")
 
 
 @app.command(epilog="Example:  latentgen train export --out my-glyph --text runs/text --vae runs/vae --unet runs/unet --data glyph-data")
-def export(out: Annotated[Path, _folder("--out", "The checkpoint's folder.")], text: Annotated[Path, _folder("--text", "The run folder of `train text`.", there=True)],
+def export(out: Annotated[Path, _folder("--out", "The checkpoint's folder.")],
+           text: Annotated[Path, _folder("--text", "The run folder of `train text`.", there=True)],
            vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`.", there=True)],
            unet: Annotated[Path, _folder("--unet", "The run folder of `train denoiser`.", there=True)], data: Data) -> None:
     """Lay the trained parts out as one checkpoint.

@@ -24,7 +24,8 @@ def read_held_out(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "held-out.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder.name}/held-out.json cannot be read ({type(error).__name__}): it names the pictures that training left out, and comes with the model") from error
+        why = f"{folder.name}/held-out.json cannot be read ({type(error).__name__})"
+        raise ModelError(f"{why}: it names the pictures that training left out and comes with the model, so get the folder again") from error
 
 
 def is_base(icon: Icon) -> bool:

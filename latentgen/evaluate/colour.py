@@ -1,6 +1,6 @@
 """The dominant colour of a picture on white, by name, from its pixels alone. Knows arrays and colour words; no model.
 
-Hues are those of `latentgen.train.recolour`, so that a word means here what it meant in training.
+Names are those of `latentgen.train.recolour.HUES` (each hue there lies inside its own sector here) with brown, black, grey and white.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BESIDE = {"brown": ("red", "orange"), "black": ("grey",), "grey": ("black", "whi
 _WORD = re.compile(rf"^(?:a |an |the )?({'|'.join(NAMES)}|gray)\b", re.IGNORECASE)
 
 WHITE = 235  # a pixel whose darkest channel is above this is paper
-EDGES = (0.034, 0.101, 0.185, 0.445, 0.535, 0.68, 0.835, 0.945)  # where each name of RING ends and the next begins; words are not evenly spread over hue
+EDGES = (0.034, 0.101, 0.185, 0.445, 0.535, 0.68, 0.835, 0.945)  # where each name of RING ends; words are not evenly spread over hue
 CHROMA = 0.12  # least saturation x value of a pixel that has a hue
 HUED_SHARE = 0.3  # of the drawn pixels: with fewer coloured ones the picture is black, grey or white
 DARK, LIGHT = 0.42, 0.8  # values that part black from grey and grey from white

@@ -1,4 +1,4 @@
-"""glyph judged in numbers and sheets: autoencoder, concepts, colours, memorisation, guidance, time. Knows the pipeline, the training set and the towers.
+"""glyph judged in numbers and sheets: autoencoder, concepts, colours, memorisation, guidance, time. Knows the pipeline, the set and the towers.
 
 Every picture is made by the public pipeline with the checkpoint's defaults, so the numbers are those of what ships.
 """
@@ -30,7 +30,8 @@ SIDE = 64  # pixels at which pictures are compared with the training set
 CHUNK = 64  # pictures of the set in memory at a time
 RECOLOURS = 120
 SCALES = (1.0, 2.0, 4.0, 6.0, 8.0)
-PROMPTS = ("red heart, 3d render", "cat face, flat", "blue banana", "house, soft shaded", "smiling face with sunglasses, cartoon", "purple fish, crisp flat")
+PROMPTS = ("red heart, 3d render", "cat face, flat", "blue banana", "house, soft shaded", "smiling face with sunglasses, cartoon",
+           "purple fish, crisp flat")
 NEGATIVES = (("flower, flat", "red"), ("cat, soft shaded", "orange"), ("hat", "blue"), ("face, cartoon", "yellow"))
 
 
@@ -93,8 +94,8 @@ def evaluate(model: str | Path, data: Path, out: Path, *, pictures: int = 200, s
         raise OutputError(f"the folder {task.out.name!r} cannot be made ({error.strerror}): choose a writable one") from error
     plan = pipe.plan("a heart", seed=seed)
     report: dict[str, Any] = {
-        "model": {"name": pipe.card.name, "weights": digest(pipe.card.folder, pipe.family.parts), "dtype": plan.dtype, "device": plan.device.split(":")[0],
-                  "size": [plan.width, plan.height], "steps": plan.steps, "sampler": plan.sampler, "guidance_scale": plan.guidance_scale},
+        "model": {"name": pipe.card.name, "weights": digest(pipe.card.folder, pipe.family.parts), "dtype": plan.dtype,
+                  "device": plan.device.split(":")[0], "size": [plan.width, plan.height], "steps": plan.steps, "sampler": plan.sampler, "guidance_scale": plan.guidance_scale},
         "torch": torch.__version__, "asked": {"pictures": pictures, "seed": seed}}
     rows = choose.held_out_rows(task.reader.icons, pictures, seed)
     seconds: dict[str, float] = {}
@@ -163,7 +164,8 @@ def concept_retrieval(task: Task, towers: Towers, kept: dict[str, list[Made]]) -
     real = vectors[[place[row] for row in chosen]]
     drawn = np.concatenate([towers.pictures([m.image]) for m in made])
     shift = np.roll(np.arange(len(own)), 1)
-    report: dict[str, Any] = {"pictures": len(chosen), "candidates": len(classes), "drawings": len(rows), "chance_top5": round(min(1.0, 5 / len(classes)), 4)}
+    report: dict[str, Any] = {"pictures": len(chosen), "candidates": len(classes), "drawings": len(rows),
+                              "chance_top5": round(min(1.0, 5 / len(classes)), 4)}
     for label, pictures, order in (("generated", drawn, slice(None)), ("real", real, slice(None)), ("shuffled", drawn, shift)):
         report[label] = {
             "by_caption": scores.shares(scores.ranks(pictures, words, own[order])),
@@ -176,7 +178,8 @@ def concept_retrieval(task: Task, towers: Towers, kept: dict[str, list[Made]]) -
 def colours(task: Task, held_out: dict[str, Any], kept: dict[str, list[Made]]) -> dict[str, Any]:
     """Do the pixels have the colour that the caption says, in combinations that training never saw?
 
-    "real" rows apply the same measure to drawings whose name says their colour: it is not perfect either, and its thresholds were set on such drawings.
+    "real" rows apply the same measure to drawings whose name says their colour: they say how far the measure can be trusted, with the caution that
+    its thresholds were set on such drawings. "shuffled" judges each picture by another one's word.
     """
     icons = task.reader.icons
     names = choose.coloured_names(held_out, min(RECOLOURS, task.pictures), task.seed)
@@ -222,7 +225,7 @@ def guidance_sheets(task: Task) -> dict[str, Any]:
     cells = [(m.image, f"{m.prompt} | guidance {scale:g}") for row in zip(*columns, strict=True) for m, scale in zip(row, SCALES, strict=True)]
     task.save("guidance", cells, columns=len(SCALES), side=160)
     without = task.make("negative-off", [prompt for prompt, _ in NEGATIVES])
-    wanted = [{"prompt": m.prompt, "seed": task.seed + n, "negative_prompt": words} for n, (m, (_, words)) in enumerate(zip(without, NEGATIVES, strict=True))]
+    wanted = [{"prompt": prompt, "seed": task.seed + n, "negative_prompt": words} for n, (prompt, words) in enumerate(NEGATIVES)]
     avoided = make(task.pipe, task.out / "made" / "negative-on", wanted, progress=task.progress)
     cells = []
     for off, on, (prompt, words) in zip(without, avoided, NEGATIVES, strict=True):

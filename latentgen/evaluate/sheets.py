@@ -23,7 +23,7 @@ def sheet(cells: Sequence[Cell], *, columns: int, side: int = 128, lines: int = 
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()
     for n, (picture, label) in enumerate(cells):
         left, top = GAP + n % columns * width, GAP + n // columns * height
-        page.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) if picture.size != (side, side) else picture.convert("RGB"), (left, top))
+        page.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (left, top))
         for at, text in enumerate(wrapped(label, draw, font, side)[:lines]):
             draw.text((left, top + side + at * LINE), text, fill="black", font=font)
     return page

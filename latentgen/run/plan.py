@@ -26,6 +26,7 @@ from latentgen.pixels.mask import canvas, open_mask
 
 if TYPE_CHECKING:
     from latentgen.conditioning.encoders import ClipTokens
+    from latentgen.pixels.latent import LatentSpec
     from latentgen.run.request import Request
 
 MAX_AREA = 4096 * 4096
@@ -147,15 +148,16 @@ def make_plan(request: Request, family: Family, tokenizer: ClipTokens, machine: 
         notes.append(f"the prompt has {prompt.tokens} tokens and is read in {len(prompt.ids)} chunks of {tokenizer.length - 2}")
     if source is not None and source.mask is not None and not source.mask.any():
         notes.append("the mask is all black: the picture comes back as it was")
-    low, high = request.guidance_interval or (0.0, 1.0)
     guided = scale != 1
+    low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
+    rescale = defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
     per_step = find_sampler(request.sampler or defaults.sampler).evaluations_per_step
     asked = [level for pair in pairwise(levels) for level in pair[:per_step] if level.sigma > 0]
     evaluations = sum(2 if guided and low <= family.path.find(level.half_log_snr) <= high else 1 for level in asked)
     return Plan(
         request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
         asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler, spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale,
-        guidance_rescale=defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale, guidance_interval=(low, high),
+        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high),
         strength=strength, prompt=prompt, negative=negative, batching="pair" if guided else "off",
         rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency,
         tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights, evaluations=evaluations,
@@ -220,25 +222,29 @@ def _size(request: Request, family: Family) -> tuple[Source | None, int, int, tu
     if request.task == "outpaint":
         if request.width or request.height or request.mask is not None:
             raise RequestError("outpaint takes its size from the image and left/right/top/bottom: leave width, height and mask out")
-        crop = (image.width + request.left + request.right, image.height + request.top + request.bottom)
-        _check_area(*crop)
-        padded, drawn = canvas(image, left=request.left, right=request.right, top=request.top, bottom=request.bottom, multiple=spec.multiple, feather=request.feather)
-        return Source(padded, open_mask(drawn, padded.size)), padded.width, padded.height, crop
-    wanted = (request.width or image.width, request.height or image.height)
-    _check_area(*wanted)
-    if request.width or request.height:
-        spec.shape(*wanted)
-    if wanted != image.size:
-        if request.fit != "resize":
-            raise ImageError(f"image is {image.width}x{image.height} but {wanted[0]}x{wanted[1]} is asked for: resize the image, or pass fit='resize'")
-        image = fit_to(image, *wanted, how="resize")
-    mask = None if request.mask is None else open_mask(request.mask, image.size, fit=request.fit)
+        _check_area(image.width + request.left + request.right, image.height + request.top + request.bottom)
+        image, drawn = canvas(image, left=request.left, right=request.right, top=request.top, bottom=request.bottom, multiple=1, feather=request.feather)
+        mask: Tensor | None = open_mask(drawn, image.size)
+    else:
+        image = _resized(image, request, spec)
+        mask = None if request.mask is None else open_mask(request.mask, image.size, fit=request.fit)
     right, bottom = -image.width % spec.multiple, -image.height % spec.multiple  # an odd size is filled up by its edge and cropped at the end
     crop = image.size
     if right or bottom:
         image = extended(image, left=0, right=right, top=0, bottom=bottom)
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
     return Source(image, mask), image.width, image.height, crop
+
+
+def _resized(image: Image.Image, request: Request, spec: LatentSpec) -> Image.Image:
+    """The picture at the size that was said, if one was."""
+    wanted = (request.width or image.width, request.height or image.height)
+    _check_area(*wanted)
+    if request.width or request.height:
+        spec.shape(*wanted)
+    if wanted != image.size and request.fit != "resize":
+        raise ImageError(f"image is {image.width}x{image.height} but {wanted[0]}x{wanted[1]} is asked for: resize the image, or pass fit='resize'")
+    return fit_to(image, *wanted, how="resize")
 
 
 def _seeds(request: Request) -> tuple[int, ...]:

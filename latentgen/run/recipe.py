@@ -16,21 +16,25 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
 
 KEY = "latentgen"
-SAID = ("left", "right", "top", "bottom", "feather", "shift", "fit", "batch")
+SAID = ("width", "height", "left", "right", "top", "bottom", "feather", "shift", "fit", "batch")
 
 
 def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, Any]:
-    """The request with every default filled in, the model's digest, versions and notes; JSON-ready. Source pictures are named by hash only."""
+    """The request with every default filled in, the model's digest, versions and notes; JSON-ready. Source pictures are named by hash only.
+
+    Every key that a `Request` has too may be given back to one as it is: with the same pictures, that makes the same picture.
+    """
     request = plan.request
     recipe: dict[str, Any] = {
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0], **plan.options}
-    recipe |= {"width": plan.crop[0], "height": plan.crop[1]} | {n: getattr(request, n) for n in SAID if getattr(request, n)}
+    recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
+    recipe |= {n: getattr(request, n) for n in SAID if getattr(request, n) and n not in recipe}
     if not request.strict:
         recipe["strict"] = False  # what was ignored with a note would else be refused
     if plan.source is not None:
-        recipe |= {"strength": plan.strength, "image_sha256": _hash(plan.source.image)}
+        recipe |= {"image_sha256": _hash(plan.source.image)} | ({} if plan.task == "outpaint" else {"strength": plan.strength})
         if plan.source.mask is not None:
             recipe["mask_sha256"] = hashlib.sha256(plan.source.mask.numpy().tobytes()).hexdigest()
     try:
