@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentgen.models.card import cards as models
+    from latentgen.models.card import cards
     from latentgen.run.pipeline import Pipeline, load
     from latentgen.run.plan import Plan
     from latentgen.run.request import Request
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "load": "latentgen.run.pipeline:load", "Pipeline": "latentgen.run.pipeline:Pipeline", "Request": "latentgen.run.request:Request",
-    "Plan": "latentgen.run.plan:Plan", "Result": "latentgen.run.result:Result", "models": "latentgen.models.card:cards",
+    "Plan": "latentgen.run.plan:Plan", "Result": "latentgen.run.result:Result", "cards": "latentgen.models.card:cards",
     **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
 }
 __all__ = [*_HOMES, "__version__"]

@@ -49,7 +49,7 @@ def _positive(**numbers: float | None) -> None:
 
 
 def _finished(run: Path, command: str) -> Path:
-    if not (run / "model").is_dir():
+    if not ((run / "model").is_dir() or (run / "model_index.json").is_file()):  # a run, or a whole checkpoint such as the shipped one
         raise TrainingError(f"{run.name!r} has no finished weights (model/): run `latentgen train {command}` to its end first")
     return run
 
@@ -72,7 +72,8 @@ def data(out: Annotated[Path, _folder("--out", "Where the set goes.")],
 
 
 @app.command(epilog="Example:  latentgen train text --data glyph-data --run runs/text --minutes 40")
-def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: Threads = None) -> None:
+def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: Threads = None,
+         resume_from: Annotated[Path | None, _folder("--resume-from", "A checkpoint to start from, such as weights/glyph.", there=True)] = None) -> None:
     """Train the text encoder and its picture tower, a small CLIP.
 
     Takes --minutes, and a few more the first time to read the captions. Writes model/ and tokenizer/ into the run folder; saves as it goes.
@@ -81,13 +82,14 @@ def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: 
     with _stoppable("the text encoder"):
         from latentgen.train.stages import train_text
 
-        train_text(data, run, minutes=minutes, lr=lr, threads=threads)
+        train_text(data, run, minutes=minutes, lr=lr, threads=threads, resume_from=resume_from)
     typer.echo(f"{run / 'model'}: the text encoder is trained")
 
 
 @app.command(epilog="Example:  latentgen train vae --data glyph-data --run runs/vae --minutes 40")
 def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: Threads = None,
-        resume_from: Annotated[Path | None, _folder("--resume-from", "Autoencoder weights to start from.", there=True)] = None) -> None:
+        resume_from: Annotated[Path | None, _folder("--resume-from", "Autoencoder weights to start from.", there=True)] = None,
+        decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Keep the encoder, so that denoisers trained on its latents stay valid.")] = False) -> None:
     """Train the autoencoder, pictures to latents and back.
 
     Takes --minutes. Writes model/ into the run folder; saves as it goes, with a sheet of pictures beside what comes back.
@@ -96,18 +98,18 @@ def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: T
     with _stoppable("the autoencoder"):
         from latentgen.train.stages import train_vae
 
-        train_vae(data, run, minutes=minutes, lr=lr, threads=threads, resume_from=resume_from)
+        train_vae(data, run, minutes=minutes, lr=lr, threads=threads, resume_from=resume_from, decoder_only=decoder_only)
     typer.echo(f"{run / 'model'}: the autoencoder is trained")
 
 
 @app.command(epilog="Example:  latentgen train denoiser --data glyph-data --run runs/unet --text runs/text --vae runs/vae --minutes 120")
-def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The run folder of `train text`, finished.", there=True)],
-             vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`, finished.", there=True)],
+def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The run folder of `train text`, finished, or a checkpoint.", there=True)],
+             vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`, finished, or a checkpoint.", there=True)],
              size: Annotated[int, typer.Option(help="Side of the pictures in pixels: 128 learns four times as fast, 256 is the end.")] = 256,
              minutes: Minutes = 120, lr: Rate = 6e-4, batch: Annotated[int, typer.Option(help="Pictures per step, 1 or more.")] = 48,
              threads: Threads = None,
              start: Annotated[Path | None, _folder("--start", "U-Net weights to start from, such as a smaller size's RUN/model.", there=True)] = None,
-             ) -> None:
+             decay: Annotated[float, typer.Option(help="Share of the minutes over which the rate falls, 0 to 1; 0 where another run follows.")] = 0.3) -> None:
     """Train the denoiser, the U-Net that turns noise and words into latents.
 
     Takes --minutes, and a few more the first time to encode every picture. Writes model/ into the run folder; saves as it goes.
@@ -117,7 +119,7 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
         from latentgen.train.stages import train_denoiser
 
         train_denoiser(data, run, size=size, minutes=minutes, lr=lr, batch=batch, threads=threads, vae=_finished(vae, "vae"),
-                       text=_finished(text, "text"), start=start)
+                       text=_finished(text, "text"), start=start, decay=decay)
     typer.echo(f"{run / 'model'}: the denoiser is trained")
 
 

@@ -71,6 +71,7 @@ def shown(value: object) -> str:
     if isinstance(value, (list, tuple)) and not value:
         return "empty"
     try:
-        return f"{' '.join(repr(value).split()):.60}"
+        text = " ".join(repr(value).split())
     except ValueError:  # Python refuses to write out an int of more than 4,300 digits
         return f"a {type(value).__name__} too long to show"
+    return f"a {type(value).__name__} object" if " at 0x" in text else f"{text:.60}"

@@ -13,6 +13,7 @@ from functools import lru_cache
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import ModelError
@@ -59,11 +60,11 @@ def load_part(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             module = cls.from_config(_init_arguments(cls, config)) if library == "diffusers" else cls(cls.config_class(**config, attn_implementation="sdpa"))
     except Exception as error:
-        raise ModelError(f"the config of {folder.name}/{part.name} does not fit {name}: {error}") from error
+        raise ModelError(f"the config of {folder.name}/{part.name} does not fit {name}: {shorten(str(error), 200)}") from error
     try:
         module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, strict=True, assign=True)
     except RuntimeError as error:
-        raise ModelError(f"the weights in {folder.name}/{part.name} do not fit its config: {str(error).splitlines()[1].strip()}") from error
+        raise ModelError(f"the weights in {folder.name}/{part.name} do not fit its config: {shorten(str(error).splitlines()[1], 200)}") from error
     _restore_buffers(module)
     module.eval().requires_grad_(False)
     return module.to(memory_format=torch.channels_last) if library == "diffusers" else module

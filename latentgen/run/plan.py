@@ -156,9 +156,9 @@ def make_plan(request: Request, family: Family, tokenizer: ClipTokens, machine: 
     evaluations = sum(2 if guided and low <= family.path.find(level.half_log_snr) <= high else 1 for level in asked)
     return Plan(
         request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
-        asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler, spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale,
-        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high),
-        strength=strength, prompt=prompt, negative=negative, batching="pair" if guided else "off",
+        asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler,
+        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, guidance_rescale=rescale if guided else 0.0,
+        guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative, batching="pair" if guided else "off",
         rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency,
         tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights, evaluations=evaluations,
         notes=tuple(notes), source=source)
@@ -228,6 +228,7 @@ def _size(request: Request, family: Family) -> tuple[Source | None, int, int, tu
     else:
         image = _resized(image, request, spec)
         mask = None if request.mask is None else open_mask(request.mask, image.size, fit=request.fit)
+        mask = None if mask is None else open_mask(mask, image.size)  # again, as the end will: a mask that resizing made too faint is refused now
     right, bottom = -image.width % spec.multiple, -image.height % spec.multiple  # an odd size is filled up by its edge and cropped at the end
     crop = image.size
     if right or bottom:

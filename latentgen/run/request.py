@@ -67,8 +67,8 @@ class Request(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     guidance_interval: tuple[float, float] | None = None
-    sampler: str | None = None
-    spacing: str | None = None
+    sampler: str | None = Field(None, min_length=1)
+    spacing: str | None = Field(None, min_length=1)
     eta: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     shift: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)

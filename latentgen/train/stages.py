@@ -112,26 +112,25 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
 
     Args:
         size: 128, 256 (or more where the set was drawn larger): the side of the pictures in pixels.
-        vae, text: run folders of the two other parts (or folders that hold `model/` alike).
+        vae, text: run folders of the two other parts, or a finished checkpoint such as the shipped one.
         start: a folder of U-Net weights to start from where the run has no state yet.
         decay: share of the budget over which the learning rate falls; 0 leaves it up for a following run.
     """
     from diffusers import AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPModel
 
     _threads(threads)
     reader = PictureSetReader(data)
     run.mkdir(parents=True, exist_ok=True)
-    tower = CLIPModel.from_pretrained(text / "model", attn_implementation="eager").eval()
-    autoencoder = AutoencoderTiny.from_pretrained(vae / "model").eval().to(memory_format=torch.channels_last)
+    encoder = _clip(text).text_model
+    autoencoder = AutoencoderTiny.from_pretrained(_weights(vae, "vae"), torch_dtype=torch.float32).eval().to(memory_format=torch.channels_last)
     scale = float(autoencoder.config.scaling_factor)
     latents = denoiser_training.cache_latents(reader, autoencoder, run / "latents.npy", size=size)
-    states, choices = denoiser_training.cache_text(reader, tower.text_model, text / "tokenizer")
+    states, choices = denoiser_training.cache_text(reader, encoder, text / "tokenizer")
     cache = denoiser_training.Cache((latents.astype(np.float32) * scale).astype(np.float16), states, choices, denoiser_training.weights(reader))
     torch.manual_seed(_seed(run))
     unet = denoiser_training.new_unet() if start is None else UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
     denoiser_training.explicit_attention(unet)
-    sheet = denoiser_training.sheet(autoencoder, tower.text_model, text / "tokenizer", list(SHEET), size=size, scale=scale)
+    sheet = denoiser_training.sheet(autoencoder, encoder, text / "tokenizer", list(SHEET), size=size, scale=scale)
     ema = fit(unet.to(memory_format=torch.channels_last), denoiser_training.loss_function(), denoiser_training.batches(cache, batch=batch, seed=_seed(run)), run,
               Budget(minutes, lr=lr, decay=decay, save_minutes=5), sheet=sheet, label=f"denoiser {size} px")
     return _keep(ema, run)
@@ -141,18 +140,18 @@ def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path) -> Path:
     """Lay the three trained parts out as one checkpoint: a diffusers folder in float16 with card.toml, picture tower and scheduler.
 
     Args:
-        text, vae, unet: run folders, each with `model/`.
+        text, vae, unet: run folders, or a finished checkpoint that the part is taken over from.
         data: the training set, to measure the latents' scale and the preview matrix on.
     """
     from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
-    from transformers import CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+    from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-    clip = CLIPModel.from_pretrained(text / "model").half()
+    clip = _clip(text).half()
     words, sight = CLIPTextModel(clip.config.text_config).half(), CLIPVisionModelWithProjection(clip.config.vision_config).half()
     tensors = clip.state_dict()
     _fill(words, tensors, drop="text_model.")
     _fill(sight, tensors, drop="")
-    autoencoder = AutoencoderTiny.from_pretrained(vae / "model")
+    autoencoder = AutoencoderTiny.from_pretrained(_weights(vae, "vae"), torch_dtype=torch.float32)
     reader = PictureSetReader(data)
     preview = vae_training.preview_rows(autoencoder, reader.on_white(reader.rows("train")[::80]))
     words.save_pretrained(out / "text_encoder")
@@ -160,8 +159,9 @@ def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path) -> Path:
     save_file({"text_projection.weight": tensors["text_projection.weight"].contiguous(), "logit_scale": tensors["logit_scale"].reshape(1)},
               out / "vision_tower" / "text_projection.safetensors")
     autoencoder.half().save_pretrained(out / "vae")
-    UNet2DConditionModel.from_pretrained(unet / "model").half().save_pretrained(out / "unet")
-    shutil.copytree(text / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    UNet2DConditionModel.from_pretrained(_weights(unet, "unet")).half().save_pretrained(out / "unet")
+    if text.resolve() != out.resolve():
+        shutil.copytree(text / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=denoiser_training.BETA_START, beta_end=denoiser_training.BETA_END,
                                 prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing").save_pretrained(out / "scheduler")
     (out / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=1) + "\n")
@@ -188,6 +188,20 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], *, drop: str) -> 
     missing, _ = module.load_state_dict(found, strict=False)
     if [m for m in missing if "position_ids" not in m]:
         raise TrainingError(f"the trained towers lack {missing[0]}: train the text encoder again with this version")
+
+
+def _weights(folder: Path, part: str) -> Path:
+    """Where a part's weights lie: in a checkpoint's own folder for it, or in a run's model/."""
+    return folder / part if (folder / part).is_dir() else folder / "model"
+
+
+def _clip(folder: Path) -> nn.Module:
+    """The two towers of a run or of a checkpoint as a CLIPModel in float32, with attention that trains fast."""
+    from transformers import CLIPModel
+
+    if (folder / "text_encoder").is_dir():
+        return text_training.to_transformers(text_training.from_transformers(_shipped_clip(folder)))
+    return CLIPModel.from_pretrained(folder / "model", attn_implementation="eager", torch_dtype=torch.float32).eval()
 
 
 def _shipped_clip(folder: Path) -> dict[str, torch.Tensor]:
