@@ -91,7 +91,7 @@ def check_size(width: int, height: int, *, name: str, max_pixels: int = MAX_PIXE
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width}x{height}, which has no pixels: expected at least 1x1")
     if width * height > max_pixels:
-        raise ImageError(f"{name} is {width}x{height}, over the limit of {max_pixels} pixels: make it smaller, or raise max_pixels")
+        raise ImageError(f"{name} is {width}x{height}, over the limit of {max_pixels} pixels: make it smaller")
 
 
 def _read_file(source: str | Path, name: str, max_pixels: int) -> Image.Image:
