@@ -31,9 +31,10 @@ def live(pipe: Pipeline, request: Request | str, *, every: int = 1, size: int = 
     if every < 1:
         raise RequestError(f"every is {every!r}: expected a whole number of steps, 1 or more")
     run, screen = pipe.stream(request, **options), _Screen()
+    drawable = pipe.family.latent.rgb is not None  # without a preview matrix only the finished picture is shown
     try:
         for step in run:
-            if step.index % every == 0:
+            if drawable and step.index % every == 0:
                 screen.show(_captioned(run.preview(step), f"step {step.index + 1} of {step.total}", size, smooth=True))
         result = run.result
     except KeyboardInterrupt:

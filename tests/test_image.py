@@ -212,7 +212,7 @@ def test_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> N
         open_image(png(9000, 9000))
     with pytest.raises(ImageError, match="over Pillow's limit"):
         open_image(png(60000, 60000))
-    with pytest.raises(ImageError, match="is 100x100, over the limit of 9999 pixels: make it smaller, or raise max_pixels"):
+    with pytest.raises(ImageError, match="is 100x100, over the limit of 9999 pixels: make it smaller"):
         open_image(Image.new("L", (100, 100)), max_pixels=9999)
     with pytest.raises(ImageError, match="over the limit"):
         open_image(np.zeros((100, 100, 3), np.uint8), max_pixels=9999)

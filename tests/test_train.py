@@ -56,7 +56,7 @@ def test_main_hue_refuses_greys_and_mixtures() -> None:
 
 @pytest.mark.parametrize(("label", "said"), [
     ("man: red hair", "man with red hair"), ("man: bald", "bald man"), ("family: man, woman, girl", "family of man, woman, girl"),
-    ("woman running: dark skin tone", "woman running, dark skin tone"), ("man: light skin tone, red hair", "man, light skin tone"), ("red heart", "red heart"),
+    ("woman running: dark skin tone", "woman running, dark skin tone"), ("man: light skin tone, red hair", "man with red hair, light skin tone"), ("red heart", "red heart"),
     ("four o’clock", "four o'clock"),
 ])
 def test_labels_become_natural(label: str, said: str) -> None:
@@ -77,6 +77,15 @@ def test_held_out_list_is_complete() -> None:
     splits = _held_out()
     assert {"comp", "tone", "style", "concept", "train_drop"} == set(splits.ids.values())
     assert len(splits.recolours) == 425 and "blue heart" in splits.names
+
+
+def test_variants_of_held_out_concepts_are_held_out_too() -> None:
+    from latentgen.train.captions import _hold_out_variants
+
+    listed = [Icon("noto/a", "noto", "a", "woman judge", "s", split="comp", codes="1f469-200d-2696"), Icon("noto/b", "noto", "b", "x", "s", codes="1f469-1f3fb-200d-2696"),
+              Icon("noto/c", "noto", "c", "y", "s", codes="1f469-200d-2696-200d-27a1"), Icon("noto/d", "noto", "d", "z", "s", codes="1f468-200d-2696")]
+    _hold_out_variants(listed)
+    assert [i.split for i in listed] == ["comp", "comp", "comp", "train"]
 
 
 def test_held_out_pairs_are_never_recoloured() -> None:
@@ -235,10 +244,11 @@ def test_denoiser_cache_batches_and_loss(tmp_path: Path, tiny_folder: Path) -> N
     reader = PictureSetReader(_set(tmp_path / "set"), size=32)
     autoencoder = AutoencoderTiny.from_pretrained(tiny_folder / "vae").eval()
     encoder = CLIPTextModel.from_pretrained(tiny_folder / "text_encoder").eval()
-    latents = denoiser.cache_latents(reader, autoencoder, tmp_path / "z.npy", size=32)
-    states, choices = denoiser.cache_text(reader, encoder, tiny_folder / "tokenizer")
+    rows = denoiser.training_rows(reader)
+    latents = denoiser.cache_latents(reader, rows, autoencoder, tmp_path / "z.npy", size=32)
+    states, choices = denoiser.cache_text(reader, rows, encoder, tiny_folder / "tokenizer")
     assert latents.shape == (18, 4, 4, 4) and states.shape[1:] == (32, 16)
-    cache = denoiser.Cache(np.array(latents), states, choices, denoiser.weights(reader))
+    cache = denoiser.Cache(np.array(latents), states, choices, denoiser.weights(reader, rows))
     batch = next(denoiser.batches(cache, batch=6, seed=0))
     unet = UNet2DConditionModel.from_pretrained(tiny_folder / "unet")
     terms = denoiser.loss_function()(unet, batch)

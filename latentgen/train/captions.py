@@ -49,7 +49,7 @@ class HeldOut:
 
     @classmethod
     def read(cls, path: Path) -> HeldOut:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text("utf-8"))
         ids = {i: split for split in ("comp", "tone", "style", "concept", "train_drop") for i in raw[split]}
         names = {n.lower(): split for split in ("comp", "concept") for n in raw[f"{split}_names"]}
         return cls(ids, names, frozenset(n.lower() for n in raw["recolor_heldout"]))
@@ -64,8 +64,9 @@ def natural(label: str) -> str:
     head, _, tail = label.replace("\u2019", "'").partition(": ")
     if not tail:
         return head
-    tone = re.search(r"(?:, )?((?:medium-)?(?:light|dark)|medium) skin tone.*", tail)
-    tail, tone_text = (tail[: tone.start()], f", {tone.group(1)} skin tone") if tone else (tail, "")
+    parts = tail.split(", ")
+    tones = [p for p in parts if p.endswith("skin tone")]
+    tail, tone_text = ", ".join(p for p in parts if p not in tones), "".join(f", {t}" for t in tones)
     if not tail:
         return head + tone_text
     if head in ("family", "kiss", "couple with heart"):
@@ -89,24 +90,36 @@ def icons(modules: Path, held_out: HeldOut) -> tuple[list[Icon], dict[str, dict]
     kept: list[Icon] = []
     bodies: dict[str, dict] = {}
     for picture_set in PICTURE_SETS:
-        seen: set[tuple[str, str]] = set()
+        seen: set[str] = set()
         for slug, codes, body in _listing(modules, picture_set):
             icon = _icon(picture_set, slug, codes or slug_codes.get(slug, ""), emoji, by_label, vocabulary)
-            if icon is None or (picture_set.name == "fluent-color" and (icon.name, "") in seen):
+            if icon is None or (picture_set.name == "fluent-color" and icon.name in seen):
                 continue
-            seen.add((icon.name, ""))
-            base_name = icon.name.split(",")[0] if "skin tone" in icon.name else icon.name
-            icon.split = held_out.ids.get(icon.id) or held_out.names.get(icon.name.lower()) or held_out.names.get(base_name.lower()) or "train"
+            seen.add(icon.name)
+            icon.split = held_out.ids.get(icon.id) or held_out.names.get(icon.name.lower()) or "train"
+            icon.keywords = [word for word in icon.keywords if word not in held_out.names]  # a held-out name is no caption of another picture either
             kept.append(icon)
             bodies[icon.id] = body
+    _hold_out_variants(kept)
     return [i for i in kept if i.split != "train_drop"], bodies
+
+
+def _hold_out_variants(listed: list[Icon]) -> None:
+    """What is held out as a whole (comp, concept) is so in every skin tone and direction too: decided by codepoints, not by names."""
+    def bare(codes: str) -> str:
+        return "-".join(p for p in codes.removesuffix("-200d-27a1").split("-") if p not in TONES)
+
+    whole = {bare(i.codes): i.split for i in listed if i.codes and i.split in ("comp", "concept")}
+    for icon in listed:
+        if icon.split == "train" and icon.codes:
+            icon.split = whole.get(bare(icon.codes), "train")
 
 
 def _emoji_table(modules: Path) -> dict[str, dict]:
     """codes -> {name, keywords, subgroup, tone}; codes are lower-case hex joined by "-", without fe0f."""
-    raw = json.loads((modules / "emojibase-data/en/data.json").read_text())
-    groups = {s["order"]: s["key"] for s in json.loads((modules / "emojibase-data/en/messages.json").read_text())["subgroups"]}
-    loose = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text())
+    raw = json.loads((modules / "emojibase-data/en/data.json").read_text("utf-8"))
+    groups = {s["order"]: s["key"] for s in json.loads((modules / "emojibase-data/en/messages.json").read_text("utf-8"))["subgroups"]}
+    loose = json.loads((modules / "emojilib/dist/emoji-en-US.json").read_text("utf-8"))
     table: dict[str, dict] = {}
     for row in raw:
         if "subgroup" not in row:
@@ -123,7 +136,7 @@ def _slug_codes(modules: Path) -> dict[str, str]:
     for picture_set in PICTURE_SETS:
         path = modules / picture_set.package / "chars.json"
         if picture_set.emoji and picture_set.name != "fxemoji" and path.exists():
-            for code, slug in json.loads(path.read_text()).items():
+            for code, slug in json.loads(path.read_text("utf-8")).items():
                 found.setdefault(slug, _codes(code))
     return found
 
@@ -135,10 +148,10 @@ def _listing(modules: Path, picture_set: PictureSet) -> Iterator[tuple[str, str,
             if not path.stem.startswith("00"):  # doubled files: 0023-... and 23-...
                 yield path.stem, _codes(path.stem), {"path": str(path)}
         return
-    data = json.loads((folder / "icons.json").read_text())
+    data = json.loads((folder / "icons.json").read_text("utf-8"))
     codes: dict[str, str] = {}
     if (folder / "chars.json").exists():
-        for code, slug in json.loads((folder / "chars.json").read_text()).items():
+        for code, slug in json.loads((folder / "chars.json").read_text("utf-8")).items():
             codes.setdefault(slug, _codes(code))
     defaults = {k: data[k] for k in ("left", "top", "width", "height") if k in data}
     order = sorted(data["icons"], reverse=True) if picture_set.name == "fluent-color" else list(data["icons"])  # largest size first

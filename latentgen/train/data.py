@@ -30,7 +30,7 @@ def build(folder: Path, *, held_out: Path, size: int = 256, processes: int = 2, 
     """Fetch the packages, draw every icon and make the recolours. Picks up where a stopped run ended; returns `folder`.
 
     Args:
-        folder: where the set goes (about 6 GB at 256 px, sparse where transparent).
+        folder: where the set goes (about 10 GB at 256 px, sparse where transparent).
         held_out: the model's held-out.json; its pictures are drawn (for evaluation) but never marked "train".
         progress: called with (phase, rows finished now, rows in all).
     """
@@ -52,7 +52,7 @@ def build(folder: Path, *, held_out: Path, size: int = 256, processes: int = 2, 
         final[at] = picture
     final.flush()
     index = folder / "index.part"
-    index.write_text("".join(i.to_json() + "\n" for i in [*kept, *(icon for icon, _ in made)]))
+    index.write_text("".join(i.to_json() + "\n" for i in [*kept, *(icon for icon, _ in made)]), "utf-8")
     part.replace(out)
     index.replace(folder / "index.jsonl")
     return folder
@@ -107,12 +107,14 @@ class PictureSetReader:
         pixels: (N, size, size, 4) uint8, premultiplied RGBA, memory-mapped.
     """
 
-    def __init__(self, folder: Path, *, size: int = 256) -> None:
-        path = folder / f"pictures-{size}.npy"
+    def __init__(self, folder: Path, *, size: int | None = None) -> None:
+        """`size`: the one to read where the folder has several; by default the largest."""
+        sizes = [int(path.stem[9:]) for path in folder.glob("pictures-*.npy") if path.stem[9:].isdigit()]
+        path = folder / f"pictures-{size or max(sizes, default=0)}.npy"
         if not path.exists():
             raise TrainingError(f"no training set in {folder.name!r}: run `latentgen train data --out {folder.name}` first")
         self.pixels: np.ndarray = np.load(path, mmap_mode="r")
-        self.icons = [Icon(**json.loads(line)) for line in (folder / "index.jsonl").read_text().splitlines()]
+        self.icons = [Icon(**json.loads(line)) for line in (folder / "index.jsonl").read_text("utf-8").splitlines()]
         if len(self.icons) != len(self.pixels):
             raise TrainingError(f"the index has {len(self.icons)} lines for {len(self.pixels)} pictures: delete the folder and build it again")
 

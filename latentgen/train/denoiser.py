@@ -17,7 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from latentgen.diffusion.schedule import scaled_linear, zero_terminal_snr
+from latentgen.errors import TrainingError
 from latentgen.train import text as text_training
+from latentgen.train.captions import Icon
 from latentgen.train.data import PictureSetReader
 from latentgen.train.loop import Batch
 from latentgen.train.vae import encode
@@ -45,10 +48,7 @@ def explicit_attention(unet: nn.Module) -> None:
 
 def alphas_bar() -> Tensor:
     """(1000,) cumulative alpha^2 of the schedule, last exactly 0."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
-    root = (1 - betas).cumprod(0).sqrt()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return root.square().float()
+    return torch.tensor(zero_terminal_snr(scaled_linear(TRAIN_STEPS, BETA_START, BETA_END)), dtype=torch.float64).float()
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,32 @@ class Cache:
     weights: np.ndarray
 
 
-def cache_latents(reader: PictureSetReader, vae: nn.Module, out: Path, *, size: int, batch: int = 8) -> np.ndarray:
-    """Encode the training pictures on white at `size` px into `out` (raw latents, float16); what is there already is kept.
-
-    Raises nothing: a stopped run goes on where it was.
-    """
+def training_rows(reader: PictureSetReader, *, core: bool = False) -> list[int]:
+    """Rows of the training split; `core` leaves out those that are drawn less often (skin tones, interface icons), for a short run."""
     rows = reader.rows("train")
+    return [r for r in rows if _share(reader.icons[r]) == 1] if core else rows
+
+
+def _share(icon: Icon) -> float:
+    """How often a drawing is used, beside 1 for a plain one."""
+    if "skin tone" in icon.name:
+        return 0.4
+    return 0.5 if icon.set in ("streamline-ultimate-color", "fluent-color", "flat-color-icons") else 1.0
+
+
+def cache_latents(reader: PictureSetReader, rows: list[int], vae: nn.Module, out: Path, *, size: int, batch: int = 8) -> np.ndarray:
+    """Encode pictures on white at `size` px into `out` (raw latents, float16); what a stopped run encoded already is kept.
+
+    Raises:
+        TrainingError: the set was not drawn at a whole multiple of `size`.
+    """
+    drawn = reader.pixels.shape[1]
+    if size > drawn or drawn % size or size % 8:
+        raise TrainingError(f"size is {size} but the set was drawn at {drawn} px: expected {drawn} or a half or a quarter of it")
     shape = (len(rows), 4, size // 8, size // 8)
     fresh = not out.exists() or np.load(out, mmap_mode="r").shape != shape
     z = np.lib.format.open_memmap(out, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
-    shrink = reader.pixels.shape[1] // size
+    shrink = drawn // size
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for at in tqdm(range(0, len(rows), batch), desc=f"latents at {size} px", unit="batch"):
             if np.any(z[min(at + batch, len(rows)) - 1]):
@@ -90,11 +106,12 @@ def cache_latents(reader: PictureSetReader, vae: nn.Module, out: Path, *, size: 
     return z
 
 
-def cache_text(reader: PictureSetReader, encoder: nn.Module, tokenizer: Path, *, keywords: int = 2, seed: int = 0) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Text states of every caption, and per training picture which ones it may use (name with style 0.6, name 0.25, a keyword 0.15)."""
+def cache_text(reader: PictureSetReader, rows: list[int], encoder: nn.Module, tokenizer: Path, *, keywords: int = 2,
+               seed: int = 0) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Text states of every caption, and per picture which ones it may use (name with style 0.6, name 0.25, a keyword 0.15)."""
     captions: dict[str, int] = {"": 0}
     choices = []
-    for row in reader.rows("train"):
+    for row in rows:
         icon = reader.icons[row]
         dice = random.Random(f"{icon.name}{seed}")
         loose = dice.sample(icon.keywords, min(keywords, len(icon.keywords)))
@@ -109,12 +126,12 @@ def cache_text(reader: PictureSetReader, encoder: nn.Module, tokenizer: Path, *,
     return states, choices
 
 
-def weights(reader: PictureSetReader) -> np.ndarray:
-    """How often each training picture is drawn: skin tones and interface icons less, recolours about a quarter of all."""
-    icons = [reader.icons[r] for r in reader.rows("train")]
-    w = np.array([0.4 if "skin tone" in i.name else 0.5 if i.set in ("streamline-ultimate-color", "fluent-color", "flat-color-icons") else 1.0 for i in icons])
+def weights(reader: PictureSetReader, rows: list[int]) -> np.ndarray:
+    """(n,) how often each picture is drawn, summing to 1: skin tones and interface icons less, recolours 22 % of all."""
+    icons = [reader.icons[r] for r in rows]
+    w = np.array([_share(i) for i in icons])
     made = np.array([i.id.startswith("recolour/") for i in icons])
-    if made.any():
+    if made.any() and not made.all():
         w[made] = w[~made].sum() * 0.22 / 0.78 / made.sum()
     return w / w.sum()
 

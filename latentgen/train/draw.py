@@ -1,6 +1,6 @@
 """Icons to pixels: premultiplied RGBA at one size, in a memory-mapped file that a stopped run picks up again.
 
-Drawn by resvg through Node (fast); the few icons that abort it, and machines without it, fall back to the `resvg_py` package.
+Drawn by resvg through Node (fast); the few icons that abort it, and machines without Node, fall back to the `resvg_py` package.
 """
 
 from __future__ import annotations
@@ -48,12 +48,21 @@ def draw(bodies: Sequence[dict], out: Path, *, size: int, modules: Path, process
 
     todo = [r for r in range(len(bodies)) if not done[r]]
     failed: Queue[int] = Queue()
-    shards = [todo[i::processes] for i in range(processes)]
-    threads = [threading.Thread(target=_draw_with_node, args=(shard, bodies, size, modules, put, failed)) for shard in shards]
+    faults: Queue[Exception] = Queue()
+
+    def work(shard: list[int]) -> None:
+        try:
+            _draw_with_node(shard, bodies, size, modules, put, failed)
+        except Exception as error:  # handed over to the caller's thread, or rows would stay blank in silence
+            faults.put(error)
+
+    threads = [threading.Thread(target=work, args=(todo[i::processes],), daemon=True) for i in range(processes)]  # daemon: Ctrl-C does not wait for them
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if not faults.empty():
+        raise faults.get()
     while not failed.empty():
         row = failed.get()
         put(row, _draw_with_python(svg_of(bodies[row]), size))
@@ -74,7 +83,12 @@ def _draw_with_node(rows: list[int], bodies: Sequence[dict], size: int, modules:
     at = 0
     while at < len(svgs):
         with resources.as_file(script) as path:
-            node = subprocess.Popen(["node", str(path)], cwd=modules.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            try:
+                node = subprocess.Popen(["node", str(path)], cwd=modules.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            except FileNotFoundError:  # no Node here
+                for row in svgs[at:]:
+                    failed.put(row)
+                return
         assert node.stdin is not None and node.stdout is not None
         feeder = threading.Thread(target=_feed, args=(node.stdin, [(r, svg_of(bodies[r])) for r in svgs[at:]], size), daemon=True)
         feeder.start()
@@ -82,7 +96,7 @@ def _draw_with_node(rows: list[int], bodies: Sequence[dict], size: int, modules:
             row, count = struct.unpack("<II", head)
             raw = node.stdout.read(count)
             at += 1
-            if count == size * size * 4:
+            if len(raw) == size * size * 4:
                 put(row, np.frombuffer(raw, np.uint8).reshape(size, size, 4))
             else:
                 failed.put(row)

@@ -126,7 +126,7 @@ class _Run:
     def load(cls, out: Path, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer) -> _Run:
         run = cls()
         path = out / "state.safetensors"
-        if not path.exists():
+        if not (path.exists() and (out / "state.json").exists()):
             return run
         tensors = load_file(path)
         model.load_state_dict(_under(tensors, "model."))
@@ -138,8 +138,9 @@ class _Run:
             for i in range(len(parameters)) if f"{i}.step" in moments}})
         counters = json.loads((out / "state.json").read_text())
         run.step, run.samples, run.seconds = counters["step"], counters["samples"], counters["seconds"]
-        with open(out / "loss.csv", newline="") as file:
-            run.rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file) if float(row["step"]) <= run.step]
+        if (out / "loss.csv").exists():  # not there where a run was stopped before its first logged step
+            with open(out / "loss.csv", newline="") as file:
+                run.rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file) if float(row["step"]) <= run.step]
         log.info("going on from step %d in %s", run.step, out.name)
         return run
 

@@ -60,21 +60,22 @@ def fetch(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     modules = folder / "node_modules"
     wanted = {s.package: s.version for s in PICTURE_SETS} | NAME_PACKAGES | dict([RASTERISER])
-    missing = [f"{name}@{version}" for name, version in wanted.items() if _installed(modules / name) != version]
-    if not missing:
+    if all(_installed(modules / name) == version for name, version in wanted.items()):
         return modules
     npm = shutil.which("npm")
     if npm is None:
         raise TrainingError("building the training set needs Node.js: `npm` was not found; install Node.js 18 or newer and run this again")
     (folder / "package.json").write_text('{"private": true}\n')
-    done = subprocess.run([npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", *missing], cwd=folder, capture_output=True, text=True)
+    every = [f"{name}@{version}" for name, version in wanted.items()]  # all of them: npm removes what it is not told about
+    done = subprocess.run([npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", *every], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise TrainingError(f"npm could not install the picture sets: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+        said = next((line for line in done.stderr.splitlines() if line.strip()), f"exit status {done.returncode}")  # npm says what is wrong first
+        raise TrainingError(f"npm could not install the picture sets ({said.strip()}): check the network and the disk, then run this again")
     return modules
 
 
 def _installed(package: Path) -> str | None:
     try:
-        return json.loads((package / "package.json").read_text())["version"]
+        return json.loads((package / "package.json").read_text("utf-8"))["version"]
     except (OSError, ValueError, KeyError):
         return None

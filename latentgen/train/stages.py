@@ -5,6 +5,7 @@ A run folder keeps its state, loss plot and sample sheet (see `loop`) and, when 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -22,6 +23,7 @@ from latentgen.errors import TrainingError
 from latentgen.train import denoiser as denoiser_training
 from latentgen.train import text as text_training
 from latentgen.train import vae as vae_training
+from latentgen.train.captions import HeldOut
 from latentgen.train.data import PictureSetReader, build
 from latentgen.train.loop import Budget, fit
 
@@ -42,8 +44,9 @@ def build_data(out: Path, *, size: int = 256, processes: int = 2) -> Path:
     bars: dict[str, tqdm] = {}
 
     def tell(phase: str, now: int, total: int) -> None:
-        bar = bars.setdefault(phase, tqdm(total=total, desc=phase, unit="picture"))
-        bar.update(now)
+        if phase not in bars:
+            bars[phase] = tqdm(total=total, desc=phase, unit="picture")
+        bars[phase].update(now)
 
     try:
         return build(out, held_out=held_out_file(), size=size, processes=processes, progress=tell)
@@ -59,10 +62,15 @@ def train_vae(data: Path, run: Path, *, minutes: float, lr: float = 6e-4, thread
     Args:
         resume_from: a folder of AutoencoderTiny weights to start from (the shipped ones, say) where the run itself has no state yet.
         decoder_only: keep the encoder as it is, so that latents and denoisers made with it stay valid.
+
+    Raises:
+        TrainingError: decoder_only without weights to keep the encoder of.
     """
+    if decoder_only and resume_from is None:
+        raise TrainingError("decoder_only keeps a trained encoder, but none was given: pass resume_from (--resume-from), and a run folder of its own")
     _threads(threads)
     reader = PictureSetReader(data)
-    torch.manual_seed(0)
+    torch.manual_seed(_seed(run))
     if resume_from is None:
         model = vae_training.new_vae()
     else:
@@ -90,16 +98,16 @@ def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threa
     run.mkdir(parents=True, exist_ok=True)
     tokenizer = run / "tokenizer"
     if not (run / "targets.npy").exists():
-        lines = text_training.corpus(reader)
+        lines = text_training.corpus(reader, HeldOut.read(held_out_file()).recolours)
         if resume_from is None:
             text_training.train_tokenizer(lines, tokenizer)
         else:
             shutil.copytree(resume_from / "tokenizer", tokenizer, dirs_exist_ok=True)
-        (run / "lines.json").write_text(json.dumps(lines, ensure_ascii=False))
+        (run / "lines.json").write_text(json.dumps(lines))
         np.save(run / "targets.part.npy", text_training.sentence_embeddings(lines))
         (run / "targets.part.npy").replace(run / "targets.npy")
     lines, targets = json.loads((run / "lines.json").read_text()), np.load(run / "targets.npy")
-    torch.manual_seed(0)
+    torch.manual_seed(_seed(run))
     model = text_training.TwoTowers() if resume_from is None else text_training.from_transformers(_shipped_clip(resume_from))
     ema = fit(model, text_training.loss, text_training.pairs(reader, tokenizer, lines, targets, batch=batch, seed=_seed(run)), run,
               Budget(minutes, lr=lr, ema=0.998, weight_decay=0.1), label="text")
@@ -107,7 +115,7 @@ def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threa
 
 
 def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: float = 6e-4, batch: int = 48, threads: int | None = None, vae: Path, text: Path,
-                   start: Path | None = None, decay: float = 0.3) -> Path:
+                   start: Path | None = None, decay: float = 0.3, core: bool = False) -> Path:
     """Train the U-Net at one size; returns the folder of its weights.
 
     Args:
@@ -115,6 +123,7 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
         vae, text: run folders of the two other parts, or a finished checkpoint such as the shipped one.
         start: a folder of U-Net weights to start from where the run has no state yet.
         decay: share of the budget over which the learning rate falls; 0 leaves it up for a following run.
+        core: leave out skin tones and interface icons (a quarter less to encode before a short run).
     """
     from diffusers import AutoencoderTiny, UNet2DConditionModel
 
@@ -124,9 +133,10 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
     encoder = _clip(text).text_model
     autoencoder = AutoencoderTiny.from_pretrained(_weights(vae, "vae"), torch_dtype=torch.float32).eval().to(memory_format=torch.channels_last)
     scale = float(autoencoder.config.scaling_factor)
-    latents = denoiser_training.cache_latents(reader, autoencoder, run / "latents.npy", size=size)
-    states, choices = denoiser_training.cache_text(reader, encoder, text / "tokenizer")
-    cache = denoiser_training.Cache((latents.astype(np.float32) * scale).astype(np.float16), states, choices, denoiser_training.weights(reader))
+    rows = denoiser_training.training_rows(reader, core=core)
+    latents = denoiser_training.cache_latents(reader, rows, autoencoder, run / f"latents-{_fingerprint(autoencoder.encoder, [reader.icons[r].id for r in rows])}.npy", size=size)
+    states, choices = denoiser_training.cache_text(reader, rows, encoder, text / "tokenizer")
+    cache = denoiser_training.Cache((latents.astype(np.float32) * scale).astype(np.float16), states, choices, denoiser_training.weights(reader, rows))
     torch.manual_seed(_seed(run))
     unet = denoiser_training.new_unet() if start is None else UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
     denoiser_training.explicit_attention(unet)
@@ -158,10 +168,14 @@ def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path) -> Path:
     sight.save_pretrained(out / "vision_tower")
     save_file({"text_projection.weight": tensors["text_projection.weight"].contiguous(), "logit_scale": tensors["logit_scale"].reshape(1)},
               out / "vision_tower" / "text_projection.safetensors")
-    autoencoder.half().save_pretrained(out / "vae")
-    UNet2DConditionModel.from_pretrained(_weights(unet, "unet")).half().save_pretrained(out / "unet")
+    network = UNet2DConditionModel.from_pretrained(_weights(unet, "unet"))
+    for part, module in (("vae", autoencoder), ("unet", network)):
+        module.register_to_config(_name_or_path="")  # diffusers writes the folder it was read from into config.json
+        module.half().save_pretrained(out / part)
     if text.resolve() != out.resolve():
         shutil.copytree(text / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    if not (out / "held-out.json").exists():  # `latentgen eval` reads it there
+        shutil.copyfile(held_out_file(), out / "held-out.json")
     DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=denoiser_training.BETA_START, beta_end=denoiser_training.BETA_END,
                                 prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing").save_pretrained(out / "scheduler")
     (out / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=1) + "\n")
@@ -190,13 +204,21 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], *, drop: str) -> 
         raise TrainingError(f"the trained towers lack {missing[0]}: train the text encoder again with this version")
 
 
+def _fingerprint(encoder: nn.Module, ids: list[str]) -> str:
+    """Eight hex digits of an encoder's weights and of the pictures: latents of others are never taken for these."""
+    whole = hashlib.sha256("\n".join(ids).encode())
+    for tensor in encoder.state_dict().values():
+        whole.update(tensor.contiguous().numpy().tobytes())
+    return whole.hexdigest()[:8]
+
+
 def _weights(folder: Path, part: str) -> Path:
     """Where a part's weights lie: in a checkpoint's own folder for it, or in a run's model/."""
     return folder / part if (folder / part).is_dir() else folder / "model"
 
 
 def _clip(folder: Path) -> nn.Module:
-    """The two towers of a run or of a checkpoint as a CLIPModel in float32, with attention that trains fast."""
+    """The two towers of a run or of a checkpoint as a CLIPModel in float32."""
     from transformers import CLIPModel
 
     if (folder / "text_encoder").is_dir():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +31,13 @@ def train_tokenizer(lines: Sequence[str], folder: Path) -> None:
 
     Like CLIP's, the vocabulary holds every byte with and without `</w>`, so no text is unknown.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    split = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    from tokenizers import Regex
+    from latentgen.conditioning.encoders import CLIP_SPLIT
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), behavior="removed", invert=True),
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
                                                        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
@@ -50,20 +49,24 @@ def train_tokenizer(lines: Sequence[str], folder: Path) -> None:
     words = list(dict.fromkeys(words))
     words += [f"<|unused{i}|>" for i in range(VOCABULARY - 2 - len(words))] + [START, END]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "bos_token": START, "eos_token": END, "unk_token": END,
         "pad_token": END, "do_lower_case": True}, indent=1))
 
 
-def corpus(reader: PictureSetReader) -> list[str]:
-    """Every phrase that the tokenizer and the distillation should know: names with styles, keywords, coloured names (no held-out pairs)."""
+def corpus(reader: PictureSetReader, unseen: Collection[str] = ()) -> list[str]:
+    """Every phrase that the tokenizer and the distillation should know: names with styles, keywords, coloured names.
+
+    Args:
+        unseen: lower-case held-out captions that no drawing has, such as unseen recolours; they and the names of held-out drawings are left out.
+    """
     train = [reader.icons[r] for r in reader.rows("train")]
     names = sorted({i.name for i in train})
     lines = set(names) | {f"{i.name}, {i.style}" for i in train} | {k for i in train for k in i.keywords} | {i.style for i in train}
     dice = random.Random(0)
-    known = {i.name.lower() for i in reader.icons if i.split != "train"}
+    known = {i.name.lower() for i in reader.icons if i.split != "train"} | set(unseen)
     plain = [n for n in names if "skin tone" not in n and len(n.split()) <= 3]
     lines |= {f"{dice.choice(list(HUES))} {n}" for n in plain} | {f"a {n}" for n in plain[::3]} | {f"{a} and {b}" for a, b in zip(plain, dice.sample(plain, len(plain)), strict=True)}
     return sorted(line for line in lines if line.lower() not in known)
@@ -133,6 +136,7 @@ def pairs(reader: PictureSetReader, tokenizer: Path, extra: Sequence[str], extra
     rows = reader.rows("train")
     small = np.stack([_shrink(np.asarray(reader.pixels[r])) for r in rows])
     extra_tokens = tokens_of(extra, tokenizer)
+    batch = min(batch, len({reader.icons[r].name for r in rows}))
     while True:
         chosen, names = [], set()
         while len(chosen) < batch:  # distinct names: two pictures of one concept would be each other's negatives
