@@ -92,4 +92,3 @@ class Family:
     tokenizer: Callable[[Path], ClipTokens]
     guidance: Literal["cfg", "embedded", "none"] = "cfg"
     defaults: Defaults = Defaults()
-    options: Mapping[str, Any] = field(default_factory=dict)
