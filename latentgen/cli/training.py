@@ -128,7 +128,8 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
 def export(out: Annotated[Path, _folder("--out", "The checkpoint's folder.")],
            text: Annotated[Path, _folder("--text", "The run folder of `train text`.", there=True)],
            vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`.", there=True)],
-           unet: Annotated[Path, _folder("--unet", "The run folder of `train denoiser`.", there=True)], data: Data) -> None:
+           unet: Annotated[Path, _folder("--unet", "The run folder of `train denoiser`.", there=True)], data: Data,
+           size: Annotated[int, typer.Option(help="Side of the pictures that the denoiser was trained at last; becomes the default size.")] = 256) -> None:
     """Lay the trained parts out as one checkpoint.
 
     Takes a minute. Writes a diffusers folder in float16 with a card.toml, ready for `latentgen txt2img --model OUT`.
@@ -136,5 +137,5 @@ def export(out: Annotated[Path, _folder("--out", "The checkpoint's folder.")],
     with _stoppable("the export", resumes=False):
         from latentgen.train.stages import export as lay_out
 
-        lay_out(out, text=_finished(text, "text"), vae=_finished(vae, "vae"), unet=_finished(unet, "denoiser"), data=data)
+        lay_out(out, text=_finished(text, "text"), vae=_finished(vae, "vae"), unet=_finished(unet, "denoiser"), data=data, size=size)
     typer.echo(f'{out}: the checkpoint is ready; try it with  latentgen txt2img "a red heart" --model {out}')

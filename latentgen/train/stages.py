@@ -146,12 +146,13 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
     return _keep(ema, run)
 
 
-def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path) -> Path:
+def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path, size: int = 256) -> Path:
     """Lay the three trained parts out as one checkpoint: a diffusers folder in float16 with card.toml, picture tower and scheduler.
 
     Args:
         text, vae, unet: run folders, or a finished checkpoint that the part is taken over from.
-        data: the training set, to measure the latents' scale and the preview matrix on.
+        data: the training set, to fit the preview matrix on.
+        size: the side in pixels that the denoiser was trained at last: the card's default.
     """
     from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPVisionModelWithProjection
@@ -179,7 +180,7 @@ def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path) -> Path:
     DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=denoiser_training.BETA_START, beta_end=denoiser_training.BETA_END,
                                 prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing").save_pretrained(out / "scheduler")
     (out / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=1) + "\n")
-    (out / "card.toml").write_text(_card(preview))
+    (out / "card.toml").write_text(_card(preview, size))
     return out
 
 
@@ -189,10 +190,10 @@ _MODEL_INDEX: dict[str, Any] = {
     "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderTiny"]}
 
 
-def _card(preview: list[list[float]]) -> str:
+def _card(preview: list[list[float]], size: int) -> str:
     rows = ",\n  ".join(str(row) for row in preview)
-    return ('name = "glyph"\nfamily = "glyph"\nsummary = "words to colour icons and emoji, 256 px, runs on any CPU"\nlicence = "Apache-2.0"\n'
-            f"preview = [  # latent channels and a constant to RGB in [-1, 1]\n  {rows},\n]\n")
+    return ('name = "glyph"\nfamily = "glyph"\nsummary = "words to colour icons and emoji, runs on any CPU"\nlicence = "Apache-2.0"\n'
+            f"preview = [  # latent channels and a constant to RGB in [-1, 1]\n  {rows},\n]\n\n[defaults]\nwidth = {size}\nheight = {size}\n")
 
 
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], *, drop: str) -> None:
