@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from latentgen.errors import ImageError
 from latentgen.pixels.save import read_metadata, save_image
+from latentgen.run.progress import watched
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
@@ -80,5 +80,4 @@ def bar(things: Iterable[T], label: str, shown: bool | None) -> Iterable[T]:
     """The things one by one, with a progress bar on stderr; `shown` None means: only where a person watches."""
     from tqdm.auto import tqdm
 
-    watched = shown if shown is not None else sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(things, desc=label, disable=not watched)
+    return tqdm(things, desc=label, disable=not (watched() if shown is None else shown))

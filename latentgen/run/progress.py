@@ -16,7 +16,7 @@ class Bar:
 
     def __init__(self, plan: Plan, shown: bool | None) -> None:
         self._bar: Any = None
-        if shown or (shown is None and ((sys.stderr is not None and sys.stderr.isatty()) or "ipykernel" in sys.modules)):
+        if shown or (shown is None and watched()):
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=plan.steps, desc=f"{plan.task} {plan.crop[0]}x{plan.crop[1]}", unit="step", leave=False)
@@ -32,3 +32,11 @@ class Bar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def watched() -> bool:
+    """Whether a person sees stderr: a terminal, or the cell of a running notebook."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        return True
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
