@@ -6,7 +6,6 @@ Knows the order of the stages and nothing about any family. All state of a call 
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
     Modules = dict[str, nn.Module]
 
-log = logging.getLogger(__name__)
 OnStep = Callable[[Step], None]
 
 

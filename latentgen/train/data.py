@@ -6,7 +6,6 @@ A set is a folder: `pictures-<size>.npy` (uint8, (N, size, size, 4), premultipli
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ from latentgen.train.draw import draw
 from latentgen.train.recolour import COLOUR_WORDS, HUES, main_hue, recolour
 from latentgen.train.sources import fetch
 
-log = logging.getLogger(__name__)
 RECOLOUR_SETS = ("fluent-emoji-flat", "twemoji", "noto", "fluent-emoji", "fluent-3d")
 RECOLOUR_GROUPS = ("animal", "plant", "food", "drink", "dishware", "transport-ground", "transport-water", "transport-air", "sport", "game",
                    "clothing", "music", "phone", "computer", "light-video", "book-paper", "mail", "writing", "office", "lock", "tool",

@@ -6,6 +6,7 @@ Killing the process at any moment loses at most `save_minutes` of work: the next
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import logging
@@ -191,10 +192,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    ema = copy.deepcopy(model).eval()
-    return ema.requires_grad_(False)
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 @torch.no_grad()

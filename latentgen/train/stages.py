@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,6 @@ from latentgen.train.captions import HeldOut
 from latentgen.train.data import PictureSetReader, build
 from latentgen.train.loop import Budget, fit
 
-log = logging.getLogger(__name__)
 SHEET = ("red heart, flat", "grinning face, soft shaded", "evergreen tree, crisp flat", "blue car, flat", "pizza, 3d render", "cat face, glossy gradient",
          "house, cartoon", "rocket, flat", "purple mushroom", "woman astronaut, crisp flat", "sun behind cloud, soft shaded", "green apple")
 
