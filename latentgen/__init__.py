@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentgen.models.card import cards
+    from latentgen.models.inspect import Report, inspect
     from latentgen.run.pipeline import Pipeline, load
     from latentgen.run.plan import Plan
     from latentgen.run.request import Request
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "latentgen.run.pipeline:load", "Pipeline": "latentgen.run.pipeline:Pipeline", "Request": "latentgen.run.request:Request",
     "Plan": "latentgen.run.plan:Plan", "Result": "latentgen.run.result:Result", "cards": "latentgen.models.card:cards",
+    "inspect": "latentgen.models.inspect:inspect", "Report": "latentgen.models.inspect:Report",
     **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
 }
 __all__ = [*_HOMES, "__version__"]

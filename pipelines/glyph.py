@@ -8,16 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentgen.conditioning.encoders import ClipTokens
+from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level, VariancePreserving
 from latentgen.diffusion.schedule import scaled_linear, zero_terminal_snr
-from latentgen.models.family import Conditioning, Defaults, Family, Modules, Part
+from latentgen.models.family import Conditioning, Defaults, Family, Model, Modules, Part, Signature, Words
 from latentgen.pixels.latent import LatentSpec
 
+PARTS = (
+    Part("text_encoder", "transformers.CLIPTextModel", ("text",)),
+    Part("unet", "diffusers.UNet2DConditionModel", ("denoiser",)),
+    Part("vae", "diffusers.AutoencoderTiny", ("encoder", "decoder")),
+)
+SIGNATURES: tuple[Signature, ...] = ()  # known by its card
+INDEX: tuple[str, ...] = ()
 
-def encode(modules: Modules, ids: Tensor) -> Conditioning:
+
+def encode(modules: Modules, words: Words) -> Conditioning:
     """(n, 32) token ids of n chunks -> states (1, n * 32, width), the chunks joined end to end."""
-    states = modules["text_encoder"](ids).last_hidden_state
+    states = modules["text_encoder"](words.ids["tokenizer"]).last_hidden_state
     return Conditioning(states.reshape(1, -1, states.shape[-1]))
 
 
@@ -28,18 +36,11 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
     return unet(x, level.time, conditioning.tokens.to(unet.dtype), return_dict=False)[0].float()
 
 
-FAMILY = Family(
-    name="glyph",
-    parts=(
-        Part("text_encoder", "transformers.CLIPTextModel", ("text",)),
-        Part("unet", "diffusers.UNet2DConditionModel", ("denoiser",)),
-        Part("vae", "diffusers.AutoencoderTiny", ("encoder", "decoder")),
-    ),
-    path=VariancePreserving(zero_terminal_snr(scaled_linear(1000, 0.00085, 0.012))),
-    prediction="v",
-    latent=LatentSpec(channels=4, factor=8, multiple=8),
-    encode=encode,
-    predict=predict,
-    tokenizer=lambda folder: ClipTokens.read(folder / "tokenizer"),
-    defaults=Defaults(width=256, height=256, steps=20, sampler="dpmpp_2m", spacing="trailing", guidance_scale=4.0),
-)
+def build(model: Model) -> Family:
+    """glyph, or a checkpoint of its shape."""
+    return Family(
+        name="glyph", parts=PARTS, path=VariancePreserving(zero_terminal_snr(scaled_linear(1000, 0.00085, 0.012))), prediction="v",
+        latent=LatentSpec(channels=4, factor=8, multiple=8, scale=float(model.config("vae").get("scaling_factor") or 1.0)),
+        tokenizers={"tokenizer": TokenizerSpec("clip")}, encode=encode, predict=predict,
+        defaults=Defaults(width=256, height=256, steps=20, sampler="dpmpp_2m", spacing="trailing", guidance_scale=4.0),
+    )

@@ -50,7 +50,7 @@ CARD = 'name = "x"\nfamily = "glyph"\n'
 
 
 @each("card, words", [
-    (None, "has no card.toml"), ("not toml at all", "cannot be read"), ('family = "glyph"\n', "lacks 'name'"), ('name = "x"\n', "lacks 'family'"),
+    ("not toml at all", "cannot be read"), ('family = "glyph"\n', "lacks 'name'"), ('name = "x"\n', "lacks 'family'"),
     (CARD + 'weight = "x"\n', "unknown key 'weight'"),
     (CARD + 'folder = "../outside"\n', "points outside"), (CARD + 'folder = "/etc"\n', "points outside"),
     (CARD + "folder = 3\n", "sets folder to 3: expected str"),
@@ -64,11 +64,15 @@ CARD = 'name = "x"\nfamily = "glyph"\n'
     (CARD + "preview = [1, 2, 3]\n", "rows of 3 numbers"), (CARD + "preview = [[0.1, 0.1, 0.1]]\n", "preview"),
     (b'name = "\xff"\n', "cannot be read")])
 def test_bad_cards(broken, card, words):
-    if card is None:
-        (broken / "card.toml").unlink()
-    else:
-        (broken / "card.toml").write_bytes(card if isinstance(card, bytes) else card.encode())
+    (broken / "card.toml").write_bytes(card if isinstance(card, bytes) else card.encode())
     refused(lambda: load(broken), words, kind=ModelError)
+
+
+@each("index, words", [({"_class_name": "Evil"}, "names the pipeline 'Evil'"), ({}, "no model_index.json and no denoiser"), (None, "no model_index.json and no denoiser")])
+def test_a_folder_of_unknown_kind(broken, index, words):
+    (broken / "card.toml").unlink()
+    (broken / "model_index.json").unlink() if index is None else (broken / "model_index.json").write_text(json.dumps(index))
+    refused(lambda: load(broken), "'broken' is of no family that this version knows", words, kind=ModelError)
 
 
 def test_a_card_whose_folder_links_outside(broken, tmp_path):
@@ -133,12 +137,12 @@ def merges_from_elsewhere(folder):
     (pickled, "a pickle, which can run code"), (cut, "is cut short"), (emptied, "not a safetensors file"), (garbled, "damaged header"),
     (listed, "damaged header"), (headless, "damaged header"),
     (zipped, "not a safetensors file"), (lambda f: only(f, "vae").unlink(), "has no weights"),
-    (lambda f: shutil.rmtree(f / "text_encoder"), "tiny/text_encoder has no weights"),
+    (lambda f: shutil.rmtree(f / "text_encoder"), "broken has no text_encoder: name it"),
     (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"), (merges_from_elsewhere, "tokenizer"),
     (overwritten("tokenizer/vocab.json", "[]"), "tokenizer"),
     (overwritten("tokenizer/vocab.json", '{"<|endoftext|>": 0}'), "tokenizer"),
     (overwritten("tokenizer/tokenizer_config.json", '{"model_max_length": 1}'), "model_max_length is 1"),
-    (configured("vae", scaling_factor="big"), "scaling_factor 'big'"), (configured("vae", auto_map={}), "names no code"),
+    (configured("vae", scaling_factor="big"), "scaling_factor to 'big'"), (configured("vae", auto_map={}), "names no code"),
     (overwritten("vae/config.json", "{"), "cannot be read"),
     (overwritten("vae/config.json", "[]"), "expected a plain object")])
 def test_damaged_checkpoints_are_refused_when_opened(broken, damage, words):
@@ -147,7 +151,7 @@ def test_damaged_checkpoints_are_refused_when_opened(broken, damage, words):
 
 
 @each("damage, words", [
-    (configured("unet", block_out_channels=[16, 64]), "do not fit its config"), (configured("unet", layers_per_block=2), "do not fit its config"),
+    (configured("unet", block_out_channels=[16, 64]), "do not fit its UNet2DConditionModel"), (configured("unet", layers_per_block=2), "do not fit its UNet2DConditionModel"),
     (configured("unet", down_block_types=["NoSuchBlock", "DownBlock2D"]), "does not fit UNet2DConditionModel"),
     (configured("unet", block_out_channels="many"), "does not fit"),
     (configured("text_encoder", hidden_size=24), "broken/text_encoder"), (configured("text_encoder", num_hidden_layers=3), "broken/text_encoder"),
@@ -163,15 +167,16 @@ def test_weights_that_do_not_fit_are_refused_when_read(broken, damage, words):
 def test_a_file_that_vanishes_after_opening(broken):
     own = load(broken)
     only(broken, "unet").unlink()
-    refused(lambda: own.txt2img("a cat", **ONE), "broken/unet has no weights", kind=ModelError)
+    refused(lambda: own.txt2img("a cat", **ONE), "broken/unet has no weights any more", kind=ModelError)
 
 
 def test_a_folder_name_never_runs_code(broken, tmp_path):
-    """The class comes from the family's declaration: what a folder says about classes and modules is not read."""
+    """The class comes from the family's declaration: what a folder says about classes and modules is not run, and another class is refused."""
     (broken / "model_index.json").write_text(json.dumps({"_class_name": "Evil", "unet": ["os", "system"]}))
-    configured("unet", _class_name="os.system")(broken)
     (broken / "unet" / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert load(broken).txt2img("a cat", **ONE).image.size == (64, 64) and not (tmp_path / "ran").exists()
+    configured("unet", _class_name="os.system")(broken)
+    refused(lambda: load(broken).txt2img("a cat", **ONE), "describes a os.system: expected UNet2DConditionModel", kind=ModelError)
 
 
 # Output

@@ -182,7 +182,7 @@ def test_towers_give_unit_vectors_and_equal_transformers(model: Path) -> None:
 
 
 def _ids(model: Path, text: str) -> list[int]:
-    from latentgen.conditioning.encoders import ClipTokens
+    from latentgen.conditioning.tokens import ClipTokens
 
     return ClipTokens.read(model / "tokenizer").ids(text)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import latentgen
+from latentgen.models.family import Words
 from latentgen.diffusion import VariancePreserving
 
 PROMPT, NEGATIVE = "a red heart, flat", "blue car"
@@ -92,7 +93,7 @@ def test_the_words_as_transformers_encodes_them(pipe, parts):
             words = [i for chunk in chunks for i in chunk[1:-1]]
             assert words[:theirs.shape[1] - 2] == theirs[0, 1:-1].tolist(), text
         with pipe.residency.use("text") as modules, torch.no_grad():
-            states = pipe.family.encode(modules, torch.tensor(chunks)).tokens
+            states = pipe.family.encode(modules, Words({"tokenizer": torch.tensor(chunks)}, {})).tokens
             expected = torch.cat([parts["text_encoder"](torch.tensor([chunk])).last_hidden_state for chunk in chunks], dim=1)
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
 

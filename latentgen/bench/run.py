@@ -129,7 +129,8 @@ def _diffusers(pipe: Pipeline, plan: Plan, dtype: torch.dtype) -> Call:
     from diffusers.schedulers import DPMSolverMultistepScheduler
     from transformers import CLIPTokenizer
 
-    family, folder = pipe.family, pipe.card.folder
+    family, sources = pipe.family, pipe.checkpoint.sources
+    folder = sources["unet"].files[0].parent.parent if "unet" in sources else Path()
     predictions = {"v": "v_prediction", "epsilon": "epsilon"}
     if {p.name for p in family.parts} != {"text_encoder", "unet", "vae"} or family.prediction not in predictions:
         raise ModelError(f"diffusers' StableDiffusionPipeline cannot run the family {family.name!r}: use against='none'")

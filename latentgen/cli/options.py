@@ -9,9 +9,14 @@ from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from latentgen.errors import RequestError
+
+if TYPE_CHECKING:
+    from latentgen.run.pipeline import Pipeline
 
 Group = Sequence[Parameter]
 MODELS_OWN = "Default: the model's own."
@@ -39,6 +44,9 @@ _P = "Picture"
 WORDS: Group = (
     _option(_P, "negative_prompt", str | None, "--negative --negative-prompt", "What the picture should not show. Needs guidance above 1.",
             metavar="TEXT"),
+    *(_option(_P, f"{side}_{n}", str, f"--{side.replace('_', '-')}-{n}", f"Other words for the model's {nth} text encoder.", default="", metavar="TEXT")
+      for n, nth in ((2, "second"), (3, "third")) for side in ("prompt", "negative_prompt")),
+    _option(_P, "clip_skip", int, "--clip-skip", "Which layer of CLIP is read: 1 the model's own, 2 the one before it.", default=1),
     _option(_P, "seed", int | None, "--seed",
             "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Default: a new one, which is reported."),
     _option(_P, "batch", int, "--batch", "How many pictures, 1 to 64; picture i uses seed + i.", default=1),
@@ -47,6 +55,16 @@ SIZE: Group = (
     _option(_P, "width", int | None, "--width",
             "Pixels, 8 to 8192, a multiple of the model's unit (8 for most). Default: the model's own, or the image's."),
     _option(_P, "height", int | None, "--height", "As --width."),
+)
+_T = "What the model is told of size and beauty"
+TOLD: Group = (
+    *(_option(_T, f"{side}{name}", tuple[int, int] | None, f"--{side}{name}".replace("_", "-"), text, metavar=metavar)
+      for side in ("", "negative_") for name, text, metavar in (
+          ("original_size", "Of the picture that it should look like, in pixels. SDXL; default: the picture's.", "HEIGHT WIDTH"),
+          ("crop_top_left", "Where that was cropped. Default: 0 0.", "Y X"),
+          ("target_size", "What it was cropped to. Default: the picture's size.", "HEIGHT WIDTH"))),
+    _option(_T, "aesthetic_score", float | None, "--aesthetic-score", "0 to 10. SDXL's refiner; default: 6."),
+    _option(_T, "negative_aesthetic_score", float | None, "--negative-aesthetic-score", "0 to 10, for the negative side. Default: 2.5."),
 )
 
 _E = "The edit"
@@ -64,6 +82,7 @@ SIDES: Group = (
 SOURCE: Group = (
     _option(_E, "image", Path | None, "--image", "The picture to edit. Default: none, which is txt2img.", metavar="FILE"),
     _option(_E, "mask", Path | None, "--mask", "What to repaint: white. Makes it inpaint.", metavar="FILE"),
+    _option(_E, "reference", list[Path] | None, "--reference", "A picture for a model that edits by instruction; may be said several times.", metavar="FILE"),
 )
 
 _S = "Sampling"
@@ -71,6 +90,8 @@ SAMPLING: Group = (
     _option(_S, "steps", int | None, "--steps", f"How often the network looks at the picture, 1 to 1000; more is slower and finer. {MODELS_OWN}"),
     _option(_S, "guidance_scale", float | None, "--guidance --guidance-scale",
             f"How closely to follow the words, 0 to 100; 1 turns it off and is twice as fast. {MODELS_OWN}"),
+    _option(_S, "true_cfg_scale", float | None, "--true-cfg", "Guidance by a second evaluation, 1 (off) to 100, for models with guidance built in; a negative prompt needs it."),
+    _option(_S, "image_guidance_scale", float | None, "--image-guidance", f"How far an edit by instruction holds to its picture, 0 to 100. {MODELS_OWN}"),
     _option(_S, "sampler", str | None, "--sampler", f"ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde or lcm. {MODELS_OWN}",
             metavar="NAME"),
     _option(_S, "spacing", str | None, "--spacing",
@@ -85,12 +106,35 @@ SAMPLING: Group = (
 
 _M = "Model and machine"
 MACHINE: Group = (
-    _option(_M, "model", str, "--model -m", "A name that `latentgen models` lists, or a folder with a card.toml.", default="glyph", metavar="NAME"),
+    _option(_M, "model", str, "--model -m", "A name that `latentgen models` lists, a folder, a .safetensors or .gguf file, or a hub name (org/name).", default="glyph", metavar="NAME"),
+    _option(_M, "card", str | None, "--card", "A card whose defaults hold for a file that does not tell what it is, as sdxl-turbo.", metavar="NAME"),
+    _option(_M, "config", str | None, "--config", "Configs for a file: a published variant, or a folder in diffusers layout.", metavar="NAME"),
+    _option(_M, "part", list[str] | None, "--part", "A part from a file of its own, as vae=my-vae.safetensors; may be said several times.", metavar="NAME=FILE"),
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
     _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).",
             default="resident", metavar="NAME"),
 )
+
+
+
+def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
+    """The model that the options name; they are taken out of `said`. progress: of a download; None shows it in a terminal.
+
+    Raises:
+        RequestError: a --part without a name. ModelError: see `latentgen.load`.
+    """
+    from latentgen.run.pipeline import load
+
+    parts = {}
+    for text in said.pop("part") or ():
+        name, _, path = text.partition("=")
+        if not (name.isidentifier() and path):
+            raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
+        parts[name] = path
+    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config")}
+    return load(said.pop("model"), progress=progress, **machine, **parts)
+
 
 _O = "Output"
 JSON: Group = (_option(_O, "as_json", bool, "--json", "Print everything as JSON on stdout, for scripts.", default=False),)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentgen.cli.meter import Meter
-from latentgen.cli.options import JSON, MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, WORDS, takes
+from latentgen.cli.options import JSON, MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, TOLD, WORDS, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -24,35 +24,37 @@ EXAMPLES = {
     "img2img": 'Example:  latentgen img2img "a green apple" red-apple.png --strength 0.6',
     "inpaint": 'Example:  latentgen inpaint "a blue hat" cat.png --mask where.png',
     "outpaint": 'Example:  latentgen outpaint "a tree on a hill" tree.png --left 64 --right 64',
+    "edit": 'Example:  latentgen edit "make it winter" park.png --model timbrooks/instruct-pix2pix',
     "plan": 'Example:  latentgen plan "a red heart" --steps 30 --batch 4',
 }
 Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", metavar="PROMPT", show_default=False)]
 Image = Annotated[Path, typer.Argument(help="The picture to start from.", metavar="IMAGE", show_default=False)]
+References = Annotated[list[Path], typer.Argument(help="The picture, or several where the model looks at several.", metavar="REFERENCE...", show_default=False)]
 Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE, white where it is to be repainted.", rich_help_panel="The edit",
                                     metavar="FILE")]
 
 
-@takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+@takes(WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
 def txt2img(prompt: Prompt, **said: Any) -> None:
     """Make a picture from words."""
     _make("txt2img", prompt=prompt, **said)
 
 
-@takes(STRENGTH, WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
 def img2img(prompt: Prompt, image: Image, **said: Any) -> None:
     """Redraw a picture towards the words."""
     _check_order(prompt, image)
     _make("img2img", prompt=prompt, image=image, **said)
 
 
-@takes(STRENGTH, WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
 def inpaint(prompt: Prompt, image: Image, mask: Mask, **said: Any) -> None:
     """Repaint the white part of a mask; every other pixel stays as it is."""
     _check_order(prompt, image)
     _make("inpaint", prompt=prompt, image=image, mask=mask, **said)
 
 
-@takes(SIDES, WORDS, SAMPLING, MACHINE, OUTPUT)
+@takes(SIDES, WORDS, SAMPLING, TOLD, MACHINE, OUTPUT)
 def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     """Continue a picture beyond its edges; the old pixels stay as they are."""
     _check_order(prompt, image)
@@ -61,35 +63,40 @@ def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     _make("outpaint", prompt=prompt, image=image, **said)
 
 
-@takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, MACHINE, JSON)
-def plan(prompt: Prompt, *, as_json: bool, model: str, device: str, dtype: str, residency: str, **said: Any) -> None:
+@takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+def edit(prompt: Prompt, reference: References, **said: Any) -> None:
+    """Change a picture as the words instruct, with a model made for that (InstructPix2Pix, FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit)."""
+    _check_order(prompt, reference[0])
+    _make("edit", prompt=prompt, reference=reference, **said)
+
+
+@takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE, JSON)
+def plan(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     """Print what would be done, and find any error, without loading weights.
 
     Takes the options of all picture commands: with --image it plans img2img, with --mask inpaint, with --left and so on outpaint.
     """
     from latentgen.run.request import Request
 
-    request = Request(prompt=prompt, **_given(said))
-    from latentgen.run.pipeline import load
-
-    made = load(model, device=device, dtype=dtype, residency=residency, progress=False).plan(request)
+    words = {name: value for name, value in said.items() if name in Request.model_fields}
+    request = Request(prompt=prompt, **_given(words))
+    made = opened({name: value for name, value in said.items() if name not in words}, progress=None).plan(request)
     typer.echo(json.dumps(_plan_data(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
 
-def _make(task: str, *, model: str, device: str, dtype: str, residency: str, output: Path | None, quality: int | None, show: bool, quiet: bool,
-          as_json: bool, **said: Any) -> None:
+def _make(task: str, *, output: Path | None, quality: int | None, show: bool, quiet: bool, as_json: bool, **said: Any) -> None:
     """The whole of a picture command. What can be wrong is found before the first step."""
     if show and as_json:
         raise RequestError("--show draws on stdout, where --json writes: use one of the two")
     quality = _check_output(output, quality, strict=said["strict"])
     from latentgen.run.request import Request
 
-    request = Request(**_given(said))
+    words = {name: value for name, value in said.items() if name in Request.model_fields}
+    request = Request(**_given(words))
+    pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False if quiet else None)  # has a bar where it downloads
     with Meter(shown=not quiet) as meter:
-        meter.phase(f"loading {model}")
-        from latentgen.run.pipeline import load
-
-        run = load(model, device=device, dtype=dtype, residency=residency, progress=False).stream(request)
+        meter.phase(f"loading {said['model']}")
+        run = pipe.stream(request)
         for step in run:
             meter.step(step)
             if step.index + 1 == step.total:
@@ -113,7 +120,7 @@ def _check_order(prompt: str, image: Path) -> None:
 
 
 def _given(said: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in said.items() if value is not None and value != []}
 
 
 def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> int:

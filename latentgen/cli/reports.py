@@ -13,14 +13,12 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from latentgen.models.card import Card
-
 EXAMPLES = {
     "models": "Examples:  latentgen models   and   latentgen models glyph",
     "eval": "Example:  latentgen eval glyph --data glyph-data --out report --pictures 200",
     "bench": "Example:  latentgen bench --steps 20 --rounds 5 --threads 2",
 }
-ABOUT_MODEL = "A model's name, or a folder with a card.toml."
+ABOUT_MODEL = "A model's name, a folder, a .safetensors file or a hub name."
 Name = Annotated[str | None, typer.Argument(help=f"{ABOUT_MODEL} Default: list all.", metavar="NAME", show_default=False)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.", min=1, show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
@@ -28,20 +26,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for 
 
 def models(name: Name = None, as_json: AsJson = False) -> None:
     """List the models that are here, or tell all about one."""
-    from latentgen.models.card import cards, find_card
+    from latentgen.models.card import cards
 
     if name is not None:
-        about = _details(find_card(name))
+        about = _details(name)
         typer.echo(json.dumps(about, ensure_ascii=False, indent=1) if as_json else "\n".join(_lines(about)))
         return
-    rows = [{"name": c.name, "family": c.family, "summary": c.summary, "licence": c.licence, "bytes": _bytes(c.folder)} for c in cards().values()]
+    rows = [{"name": c.name, "family": c.family, "summary": c.summary, "licence": c.licence, "repo": c.repo,
+             "bytes": None if c.repo else _bytes(c.folder)} for c in cards().values()]
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
     elif not rows:
         typer.echo("no models are packaged with this version: pass a folder with a card.toml as --model", err=True)
     else:
         head = ("name", "family", "summary", "licence")
-        _table((*head, "size"), [(*(str(row[key]) or "-" for key in head), _size(row["bytes"])) for row in rows])
+        _table((*head, "size"), [(*(str(row[key]) or "-" for key in head), "on the hub" if row["repo"] else _size(row["bytes"])) for row in rows])
 
 
 def evaluate(model: Annotated[str, typer.Argument(help=ABOUT_MODEL, metavar="NAME")],
@@ -70,16 +69,16 @@ def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, 
     _numbers(measure(model, width=size, height=size, steps=steps, rounds=rounds, against=against, threads=threads, cold=cold), as_json=as_json)
 
 
-def _details(card: Card) -> dict[str, Any]:
-    from dataclasses import asdict
+def _details(name: str) -> dict[str, Any]:
+    """All about one model; of one that is on the hub, its card alone: this command fetches nothing."""
+    from latentgen.models.card import cards
+    from latentgen.models.checkpoint import describe, open_checkpoint
 
-    from latentgen.models.load import weight_bytes
-
-    family = card.load_family()
-    parts = {p.name: {"class": p.cls, "bytes": weight_bytes(card.folder, p)} for p in family.parts}
-    return {"name": card.name, "family": card.family, "summary": card.summary, "licence": card.licence, "folder": str(card.folder),
-            "bytes": _bytes(card.folder), "prediction": family.prediction, "guidance": family.guidance, "defaults": asdict(family.defaults),
-            "parts": parts}
+    card = cards().get(name)
+    if card is not None and card.repo:
+        return {"name": card.name, "family": card.family, "variant": card.variant, "summary": card.summary, "licence": card.licence, "repo": card.repo,
+                "defaults": card.defaults}
+    return describe(open_checkpoint(name))
 
 
 def _lines(about: Mapping[str, Any]) -> Iterator[str]:

@@ -109,6 +109,7 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
              minutes: Minutes = 120, lr: Rate = 6e-4, batch: Annotated[int, typer.Option(help="Pictures per step, 1 or more.")] = 48,
              threads: Threads = None,
              start: Annotated[Path | None, _folder("--start", "U-Net weights to start from, such as a smaller size's RUN/model.", there=True)] = None,
+             grow: Annotated[bool, typer.Option("--grow", help="Put a new outer level around the weights of --start: for pictures of twice their side.")] = False,
              decay: Annotated[float, typer.Option(min=0, max=1, help="Share of the minutes over which the rate falls; 0 where another run follows.")] = 0.3,
              core: Annotated[bool, typer.Option("--core", help="Leave out skin tones and interface icons: a quarter less to encode first.")] = False) -> None:
     """Train the denoiser, the U-Net that turns noise and words into latents.
@@ -120,7 +121,7 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
         from latentgen.train.stages import train_denoiser
 
         train_denoiser(data, run, size=size, minutes=minutes, lr=lr, batch=batch, threads=threads, vae=_finished(vae, "vae"),
-                       text=_finished(text, "text"), start=start, decay=decay, core=core)
+                       text=_finished(text, "text"), start=start, grow=grow, decay=decay, core=core)
     typer.echo(f"{run / 'model'}: the denoiser is trained")
 
 

@@ -17,21 +17,23 @@ from latentgen.errors import RequestError
 
 def guided(
     positive: Denoiser,
-    both: Callable[[Tensor, Level], tuple[Tensor, Tensor]],
+    both: Callable[[Tensor, Level], tuple[Tensor, ...]],
     *,
     scale: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
     position: Callable[[Level], float],
+    combine: Callable[[Tensor, Level, tuple[Tensor, ...]], Tensor] | None = None,
 ) -> Denoiser:
     """Classifier-free guidance: x0 = x0_neg + scale * (x0_pos - x0_neg) (Ho & Salimans 2022, eq. 6, as weight w = scale - 1).
 
     positive: (x, level) -> x0 with the prompt; all that is called at scale 1 and outside the interval.
-    both: (x, level) -> (x0 with the prompt, x0 with the negative prompt), each (B, C, h, w).
+    both: (x, level) -> (x0 with the prompt, x0 with the negative prompt), each (B, C, h, w); more of them where `combine` takes more.
     scale: 1 is off.
     rescale: in [0, 1], see `rescaled`; 0 is off.
     interval: (low, high) in s, 0 clean to 1 noise, ends included: where to guide (Kynkäänniemi et al. 2024).
     position: level -> s, for instance `lambda level: path.find(level.half_log_snr)`.
+    combine: (x, level, what `both` gave) -> x0 where another rule than the one above holds, for instance `image_guidance`.
 
     Raises RequestError for a scale that is not finite, a rescale outside [0, 1] or an interval not within [0, 1].
     """
@@ -42,17 +44,25 @@ def guided(
         raise RequestError(f"guidance rescale is {rescale}: give a number from 0 (off) to 1.")
     if not 0 <= low <= high <= 1:
         raise RequestError(f"guidance interval is {interval}: give (low, high) with 0 <= low <= high <= 1, 0 clean and 1 noise.")
-    if scale == 1:
+    if scale == 1 and combine is None:
         return positive
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         if not low <= position(level) <= high:
             return positive(x, level)
-        x0_pos, x0_neg = both(x, level)
-        x0 = x0_neg + scale * (x0_pos - x0_neg)
-        return rescaled(x0, x0_pos, rescale) if rescale > 0 else x0
+        x0s = both(x, level)
+        x0 = x0s[1] + scale * (x0s[0] - x0s[1]) if combine is None else combine(x, level, x0s)
+        return rescaled(x0, x0s[0], rescale) if rescale > 0 else x0
 
     return denoise
+
+
+def image_guidance(x0_full: Tensor, x0_image: Tensor, x0_none: Tensor, *, scale: float, image_scale: float) -> Tensor:
+    """Guidance by words and by a picture (Brooks et al. 2023, InstructPix2Pix, eq. 3): estimates with both, with the picture alone, with neither.
+
+    All are (B, C, h, w). scale: of the words. image_scale: of the picture.
+    """
+    return x0_none + image_scale * (x0_image - x0_none) + scale * (x0_full - x0_image)
 
 
 def rescaled(x0: Tensor, x0_pos: Tensor, rescale: float) -> Tensor:

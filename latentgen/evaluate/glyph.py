@@ -79,7 +79,6 @@ def evaluate(model: str | Path, data: Path, out: Path, *, pictures: int = 200, s
     """
     import torch
 
-    from latentgen.models.load import digest
     from latentgen.run.pipeline import load
     from latentgen.train.data import PictureSetReader
 
@@ -94,7 +93,7 @@ def evaluate(model: str | Path, data: Path, out: Path, *, pictures: int = 200, s
         raise OutputError(f"the folder {task.out.name!r} cannot be made ({error.strerror}): choose a writable one") from error
     plan = pipe.plan("a heart", seed=seed)
     report: dict[str, Any] = {
-        "model": {"name": pipe.card.name, "weights": digest(pipe.card.folder, pipe.family.parts), "dtype": plan.dtype,
+        "model": {"name": pipe.card.name, "weights": pipe.checkpoint.digest, "dtype": plan.dtype,
                   "device": plan.device.split(":")[0], "size": [plan.width, plan.height], "steps": plan.steps, "sampler": plan.sampler, "guidance_scale": plan.guidance_scale},
         "torch": torch.__version__, "asked": {"pictures": pictures, "seed": seed}}
     rows = choose.held_out_rows(task.reader.icons, pictures, seed)

@@ -44,12 +44,11 @@ def make(pipe: Pipeline, folder: Path, wanted: Sequence[Mapping[str, Any]], *, p
 
 
 def _one(pipe: Pipeline, path: Path, options: dict[str, Any]) -> Made:
-    from latentgen.models.load import digest
     from latentgen.run.recipe import KEY, make_recipe, metadata
 
     prompt = options.pop("prompt")
     plan = pipe.plan(prompt, **options)
-    recipe = json.loads(metadata(make_recipe(plan, digest(pipe.card.folder, pipe.family.parts), plan.notes), plan.seeds[0])[KEY])
+    recipe = json.loads(metadata(make_recipe(plan, pipe.checkpoint.digest, plan.notes), plan.seeds[0])[KEY])
     kept = _kept(path)
     if kept is not None and _deciding(kept[0]) == _deciding(recipe):
         with Image.open(path) as image:

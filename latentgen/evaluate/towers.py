@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -46,10 +46,13 @@ class Towers:
         """
         import torch
 
-        from latentgen.models.load import load_part
+        from latentgen.models.load import Source, load_part, part_config, weights_files
 
-        picture = load_part(folder, Part("vision_tower", "transformers.CLIPVisionModelWithProjection", ()), torch.float32)
-        text = load_part(folder, Part("text_encoder", "transformers.CLIPTextModel", ()), torch.float32)
+        def tower(name: str, cls: str) -> Any:
+            place = folder / name
+            return load_part(Source(f"{folder.name}/{name}", weights_files(place), part_config(place)), Part(name, cls, ()), torch.float32)
+
+        picture, text = tower("vision_tower", "transformers.CLIPVisionModelWithProjection"), tower("text_encoder", "transformers.CLIPTextModel")
         projection = _projection(folder / "vision_tower" / "text_projection.safetensors")
         expected = (picture.config.projection_dim, text.config.hidden_size)
         if tuple(projection.shape) != expected:
@@ -80,11 +83,11 @@ class Towers:
 def _projection(path: Path) -> Tensor:
     from safetensors.torch import load_file
 
-    from latentgen.models.load import check_header
+    from latentgen.models.header import read_header
 
     if not path.is_file():
         raise ModelError(f"vision_tower has no {path.name}: expected the text tower's projection there, so get the model folder again")
-    check_header(path)
+    read_header(path)
     tensors = load_file(path)
     if "text_projection.weight" not in tensors:
         raise ModelError(f"vision_tower/{path.name} has {', '.join(tensors) or 'no tensor'}: expected text_projection.weight")

@@ -1,18 +1,19 @@
-"""Cards: the TOML that describes a checkpoint, and where its files are. Knows files and names; loads no tensor."""
+"""Cards: the TOML that describes a checkpoint, and where its files are. Knows files and names; loads no tensor and asks no network."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from latentgen.errors import ModelError
-from latentgen.models.family import Defaults, Family
+from latentgen.models.family import Defaults, Family, FamilyFile
 
-_TYPES = {"name": str, "family": str, "folder": str, "summary": str, "licence": str, "defaults": dict, "preview": list}
+_TYPES = {"name": str, "family": str, "variant": str, "repo": str, "folder": str, "summary": str, "licence": str, "defaults": dict, "preview": list}
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Card:
     Attributes:
         name: what `load` takes.
         family: the file in `pipelines/` that runs it.
-        folder: where its parts lie (a diffusers layout).
+        folder: where its parts lie (a diffusers layout), unless `repo` says that they lie on the hub.
+        variant: which published configs it has, where its files do not tell.
+        repo: "org/name" on the hub; fetched when the card is loaded by its name.
         summary, licence: for `latentgen models`.
         defaults: overrides of the family's defaults.
         preview: rows of RGB per latent channel and a constant, for live previews; empty means none.
@@ -31,18 +34,19 @@ class Card:
     name: str
     family: str
     folder: Path
+    variant: str = ""
+    repo: str = ""
     summary: str = ""
     licence: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
     preview: tuple[tuple[float, ...], ...] = ()
 
-    def load_family(self) -> Family:
+    def laid_over(self, family: Family) -> Family:
         """The family with this checkpoint's defaults and preview laid over it.
 
         Raises:
-            ModelError: no such family, or a default it does not have.
+            ModelError: a default that the family does not have.
         """
-        family = _family(self.family)
         known = {f.name: type(f.default) for f in fields(Defaults)}
         for name, value in self.defaults.items():
             if name not in known:
@@ -72,18 +76,16 @@ def find_card(source: str | Path) -> Card:
         ModelError: neither; the message lists the names that exist.
     """
     if not isinstance(source, (str, Path)):
-        raise ModelError(f"the model is a {type(source).__name__}: expected a name that `latentgen models` lists, or a folder")
+        raise ModelError(f"the model is a {type(source).__name__}: expected a name that `latentgen models` lists, a folder, a file or a hub name")
     path = Path(source)
-    if path.is_dir():
-        if (path / "card.toml").is_file():
-            return read_card(path / "card.toml")
-        raise ModelError(f"the folder {path.name!r} has no card.toml: add one that names its family (copy the one of a model that `latentgen models` lists)")
+    if (path / "card.toml").is_file():
+        return read_card(path / "card.toml")
     known = cards()
     if str(source) in known:
         return known[str(source)]
     near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ModelError(f"there is no model {str(source)!r}: {hint}expected a folder or one of {', '.join(sorted(known))}")
+    raise ModelError(f"there is no model {str(source)!r}: {hint}expected a folder, a .safetensors file, a hub name (org/name) or one of {', '.join(sorted(known))}")
 
 
 def read_card(path: Path) -> Card:
@@ -112,10 +114,34 @@ def read_card(path: Path) -> Card:
     return Card(folder=folder, preview=tuple(tuple(row) for row in raw.pop("preview", ())), **raw)
 
 
-def _family(name: str) -> Family:
+def family_file(name: str) -> FamilyFile:
+    """The file in `pipelines/` of this name.
+
+    Raises:
+        ModelError: no such family.
+    """
     if name not in families():
         raise ModelError(f"there is no model family {name!r}: this version knows {', '.join(families())}")
-    return import_module(f"latentgen.pipelines.{name}").FAMILY
+    return cast(FamilyFile, import_module(f"latentgen.pipelines.{name}"))
+
+
+def published(variant: str) -> dict[str, Any]:
+    """The packaged configs of a published variant: summary, defaults, index, scheduler, parts, tokenizers.
+
+    Raises:
+        ModelError: no such variant.
+    """
+    path = Path(str(resources.files("latentgen.pipelines"))) / "configs" / f"{variant}.json"
+    if variant not in variants():
+        near = difflib.get_close_matches(variant, variants(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ModelError(f"there is no variant {variant!r}: {hint}expected one of {', '.join(variants())}")
+    return json.loads(path.read_text("utf-8"))
+
+
+def variants() -> list[str]:
+    """Names of all published variants whose configs are packaged."""
+    return sorted(p.stem for p in (Path(str(resources.files("latentgen.pipelines"))) / "configs").glob("*.json"))
 
 
 def families() -> list[str]:

@@ -1,7 +1,7 @@
 """Files to modules. Knows safetensors, configs and a fixed list of classes; knows no request and moves nothing between devices.
 
-Weights are memory-mapped and assigned to a module built on the meta device, so a part costs its weights once. Nothing from a folder is
-executed: the class comes from the family's declaration, the config gives numbers only, and only safetensors are read.
+Weights are memory-mapped and assigned to a module whose parameters were made on the meta device, so a part costs its weights once. Nothing from a
+folder is executed: the class comes from the family's declaration, the config gives numbers only, and only safetensors are read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from inspect import signature
@@ -17,60 +20,205 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import ModelError
-from latentgen.models.family import Part
+from latentgen.models.family import Config, Part
+from latentgen.models.header import Header, read_header
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+_UNETS, _TRANSFORMERS, _VAES, _TEXT = "diffusers.models.unets", "diffusers.models.transformers", "diffusers.models.autoencoders", "transformers.models"
 CLASSES = {  # declared name -> where it lives; nothing else is ever instantiated
-    "diffusers.UNet2DConditionModel": "diffusers.models.unets.unet_2d_condition",
-    "diffusers.AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
-    "transformers.CLIPTextModel": "transformers.models.clip.modeling_clip",
-    "transformers.CLIPVisionModelWithProjection": "transformers.models.clip.modeling_clip",
-    "transformers.CLIPTextModelWithProjection": "transformers.models.clip.modeling_clip",
+    "diffusers.UNet2DConditionModel": f"{_UNETS}.unet_2d_condition",
+    "diffusers.SD3Transformer2DModel": f"{_TRANSFORMERS}.transformer_sd3",
+    "diffusers.FluxTransformer2DModel": f"{_TRANSFORMERS}.transformer_flux",
+    "diffusers.Flux2Transformer2DModel": f"{_TRANSFORMERS}.transformer_flux2",
+    "diffusers.PixArtTransformer2DModel": f"{_TRANSFORMERS}.pixart_transformer_2d",
+    "diffusers.ZImageTransformer2DModel": f"{_TRANSFORMERS}.transformer_z_image",
+    "diffusers.QwenImageTransformer2DModel": f"{_TRANSFORMERS}.transformer_qwenimage",
+    "diffusers.AutoencoderKL": f"{_VAES}.autoencoder_kl",
+    "diffusers.AutoencoderTiny": f"{_VAES}.autoencoder_tiny",
+    "diffusers.AutoencoderKLFlux2": f"{_VAES}.autoencoder_kl_flux2",
+    "diffusers.AutoencoderKLQwenImage": f"{_VAES}.autoencoder_kl_qwenimage",
+    "transformers.CLIPTextModel": f"{_TEXT}.clip.modeling_clip",
+    "transformers.CLIPVisionModelWithProjection": f"{_TEXT}.clip.modeling_clip",
+    "transformers.CLIPTextModelWithProjection": f"{_TEXT}.clip.modeling_clip",
+    "transformers.T5EncoderModel": f"{_TEXT}.t5.modeling_t5",
+    "transformers.Qwen2_5_VLForConditionalGeneration": f"{_TEXT}.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.Qwen3ForCausalLM": f"{_TEXT}.qwen3.modeling_qwen3",
+    "transformers.Qwen3Model": f"{_TEXT}.qwen3.modeling_qwen3",
+    "transformers.Mistral3ForConditionalGeneration": f"{_TEXT}.mistral3.modeling_mistral3",
 }
-MAX_HEADER = 64 * 2**20
+MAX_NUMBER, MAX_ITEMS, MAX_LAYERS = 2**20, 4096, 512  # of a config: no published checkpoint comes near
+WHOLE = 256 * 2**20  # files up to this size are hashed in full, larger ones by samples
+NAMES = ("diffusion_pytorch_model", "model")
 
 
-def load_part(folder: Path, part: Part, dtype: torch.dtype) -> nn.Module:
-    """Build a part from `folder/part.name` in eval mode, without gradients, on the CPU.
+@dataclass(frozen=True)
+class Source:
+    """Where one part comes from.
+
+    Attributes:
+        label: "folder/part" or "file", for messages.
+        files: its safetensors (several shards), or one GGUF file.
+        config: as a config.json has it.
+        original: the files have the names of `part.original`, and maybe other parts beside it.
+    """
+
+    label: str
+    files: tuple[Path, ...]
+    config: Config
+    original: bool = False
+
+    def headers(self) -> list[Header]:
+        """Checked headers of all files.
+
+        Raises:
+            ModelError: a file is damaged, or gone since the checkpoint was opened.
+        """
+        for file in self.files:
+            if not file.is_file():
+                raise ModelError(f"{self.label} has no weights any more: {file.name} is gone, so get it again")
+        return [_header(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
+
+    def weight_bytes(self, part: Part) -> int:
+        """Bytes of the part's weights as stored, from the headers alone."""
+        tensors = {name: t for h in self.headers() for name, t in h.tensors.items()}
+        from latentgen.models.convert import find_prefix
+
+        prefix = find_prefix(tensors, part.original) if self.original and part.original else ""
+        return sum(t.end - t.start for name, t in tensors.items() if name.startswith(prefix or ""))
+
+
+def empty_module(source: Source, part: Part) -> nn.Module:
+    """The part's module with parameters on the meta device; buffers that its class computes are real.
 
     Raises:
-        ModelError: a file is missing, damaged, a pickle, or does not fit the class.
+        ModelError: an unknown class, or a config that does not fit it.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if part.cls not in CLASSES:
         raise ModelError(f"{part.cls!r} is not a class that parts may have: expected one of {', '.join(CLASSES)}")
-    place = folder / part.name
-    config, weights = part_config(place), weights_file(place)
-    check_header(weights)
     library, name = part.cls.split(".")
+    check_config(source.config, source.label)
+    said = source.config.get("_class_name", name)
+    if said != name:
+        raise ModelError(f"the config of {source.label} describes a {shorten(str(said), 60)}: expected {name}, so another part's files may lie there")
     cls = getattr(import_module(CLASSES[part.cls]), name)
     try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder.name}/{part.name}/{weights.name} cannot be read ({error}): get it again") from error
-    try:
-        with torch.device("meta"):
-            module = cls.from_config(_init_arguments(cls, config)) if library == "diffusers" else cls(cls.config_class(**config, attn_implementation="sdpa"))
+        with _EmptyOnMeta():
+            if library == "diffusers":
+                return cls.from_config(_init_arguments(cls, source.config))
+            return cls(cls.config_class(**source.config, attn_implementation="sdpa"))
     except Exception as error:
-        raise ModelError(f"the config of {folder.name}/{part.name} does not fit {name}: {shorten(str(error), 200)}") from error
-    try:
-        module.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ModelError(f"the weights in {folder.name}/{part.name} do not fit its config: {shorten(str(error).splitlines()[1], 200)}") from error
-    _restore_buffers(module)
-    module.eval().requires_grad_(False)
-    return module.to(memory_format=torch.channels_last) if library == "diffusers" else module
+        raise ModelError(f"the config of {source.label} does not fit {name}: {shorten(str(error), 200)}") from error
 
 
-def _init_arguments(cls: type, config: dict[str, Any]) -> dict[str, Any]:
+def check_fit(source: Source, part: Part) -> None:
+    """Compare every tensor's name and shape with the module's, from headers alone.
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape: how many, and the first.
+    """
+    import torch
+
+    from latentgen.models.convert import dequantised
+
+    shapes = {name: torch.empty(t.shape, device="meta") for h in source.headers() for name, t in h.tensors.items()}
+    module = empty_module(source, part)
+    _compare(_own_names(dequantised(shapes, torch.float32), source, part, module), module, source.label)
+
+
+def load_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
+    """Build a part in eval mode, without gradients, on the CPU; its convolutions in channels-last.
+
+    Raises:
+        ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite.
+    """
+    module = empty_module(source, part)
+    keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if str(dtype) == "torch.float16" else ()
+    tensors = _own_names(_read(source, dtype), source, part, module)
+    _compare(tensors, module, source.label)
+    ready = {name: _ready(tensors[name], dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers.")) for name in list(tensors)}
+    _check_finite(ready, source.label)
+    module.load_state_dict(ready, strict=True, assign=True)
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if lost:
+        raise ModelError(f"the buffer {lost[0]!r} of {source.label} is in no file: the checkpoint is incomplete")
+    return module.eval().requires_grad_(False)
+
+
+def _read(source: Source, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    from latentgen.models.convert import LazyTensors, dequantised, gguf_tensors
+
+    source.headers()  # checked before any tensor is read
+    if source.files[0].suffix == ".gguf":
+        return gguf_tensors(source.files[0], dtype)
+    shards = [LazyTensors(file) for file in source.files]
+    return dequantised(shards[0] if len(shards) == 1 else ChainMap(*shards), dtype)  # type: ignore[arg-type]
+
+
+def _own_names(tensors: Mapping[str, Tensor], source: Source, part: Part, module: nn.Module) -> dict[str, Tensor]:
+    """The part's tensors by the module's own names: converted from the original layout, older spellings renewed, and tied ones filled in."""
+    from latentgen.models.convert import as_module_names, part_tensors
+
+    found: Mapping[str, Tensor] = part_tensors(tensors, part, source.config) if source.original else tensors
+    wanted = module.state_dict()
+    named = {new: found[old] for new, old in as_module_names(found, wanted).items()}
+    tied = getattr(module, "_tied_weights_keys", None)
+    for name, same in (tied.items() if isinstance(tied, Mapping) else ()):
+        if name in wanted and name not in named and same in named:
+            named[name] = named[same]
+    return named
+
+
+def _compare(tensors: Mapping[str, Tensor], module: nn.Module, label: str) -> None:
+    wanted = module.state_dict()
+    missing, extra = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
+    wrong = [k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape]
+    said = [f"{len(names)} {what} (first {names[0]!r}{more(names[0])})" for names, what, more in (
+        (missing, "missing", lambda k: ""), (extra, "left over", lambda k: ""),
+        (wrong, "of another shape", lambda k: f", {tuple(tensors[k].shape)} where {tuple(wanted[k].shape)} is expected")) if names]
+    if said:
+        raise ModelError(f"the weights of {label} do not fit its {type(module).__name__}: {', '.join(said)} of {len(wanted)} tensors; "
+                         "get the file again, or give the config that belongs to it")
+
+
+def _ready(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> Tensor:
+    """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped)."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor
+    layout = torch.channels_last if images and tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(dtype=torch.float32 if keep else dtype, memory_format=layout)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], label: str) -> None:
+    import torch
+
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32)))]
+    bad = [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow where no weight does
+    if bad:
+        raise ModelError(f"{len(bad)} tensors of {label} have NaN or infinite weights (first {bad[0]!r}): get the file again")
+
+
+def _EmptyOnMeta() -> Any:  # noqa: N802 - a class, made when torch is there
+    """A mode in which `torch.empty`, which parameters are made by, gives meta tensors; all that a module computes stays real. Of this thread alone."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.empty and kwargs.get("device") is None:
+                kwargs = {**kwargs, "device": "meta"}
+            return func(*args, **kwargs)
+
+    return Mode()
+
+
+def _init_arguments(cls: type, config: Config) -> dict[str, Any]:
     """What of a diffusers config the class takes; the rest (written by other versions) is logged."""
     known = signature(cls.__init__).parameters
     if extra := [k for k in config if k not in known and not k.startswith("_")]:
@@ -78,87 +226,112 @@ def _init_arguments(cls: type, config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k in known}
 
 
-def _restore_buffers(module: nn.Module) -> None:
-    """Buffers that files do not carry (CLIP's position ids) are counted anew; any other left on meta is an error."""
-    import torch
-
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_meta and name == "position_ids":
-                setattr(owner, name, torch.arange(buffer.shape[-1]).expand(buffer.shape).clone())
-            elif buffer.is_meta:
-                raise ModelError(f"the buffer {name!r} of {type(owner).__name__} is in no file: the checkpoint is incomplete")
-
-
-def part_config(place: Path) -> dict[str, Any]:
-    """The part's config.json, numbers and names only.
+def check_config(config: Config, label: str) -> None:
+    """Bounds on what a config may say, so that a hostile one costs no memory and no time.
 
     Raises:
-        ModelError: missing or not a JSON object.
+        ModelError: a scaling factor that is no number, a whole number below -1 or above 2**20, more than 512 layers, or a list of more than 4,096.
+    """
+    for name in ("scaling_factor", "shift_factor"):
+        if not isinstance(config.get(name) or 0.0, (int, float)):
+            raise ModelError(f"the config of {label} sets {name} to {config[name]!r:.60}: expected a number")
+    for name, value in _numbers(config):
+        limit = MAX_LAYERS if "layers" in name or "blocks" in name else MAX_NUMBER
+        if not -1 <= value <= limit:
+            raise ModelError(f"the config of {label} sets {name} to {value:g}: expected at most {limit:,}, so it is damaged or not of a real checkpoint")
+
+
+def _numbers(value: Any, name: str = "it") -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping) or isinstance(value, (list, tuple)):
+        if len(value) > MAX_ITEMS:
+            yield name, float(len(value)) * MAX_NUMBER
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _numbers(item, str(key) if isinstance(value, Mapping) else name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+
+
+def part_config(place: Path, name: str = "config.json") -> dict[str, Any]:
+    """A config file of a part, numbers and names only.
+
+    Raises:
+        ModelError: missing, not a JSON object, or one that names code.
     """
     try:
-        config = json.loads((place / "config.json").read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{place.parent.name}/{place.name}/config.json cannot be read ({type(error).__name__}): the folder needs a diffusers layout") from error
+        config = json.loads((place / name).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ModelError(f"{place.parent.name}/{place.name}/{name} cannot be read ({type(error).__name__}): the folder needs a diffusers layout") from error
     if not isinstance(config, dict) or "auto_map" in config:
-        raise ModelError(f"{place.parent.name}/{place.name}/config.json is refused: expected a plain object that names no code")
+        raise ModelError(f"{place.parent.name}/{place.name}/{name} is refused: expected a plain object that names no code")
     return config
 
 
-def weights_file(place: Path) -> Path:
-    """The one safetensors file of a part.
+def weights_files(place: Path, *, root: Path | None = None) -> tuple[Path, ...]:
+    """The safetensors of a part's folder: one file, or the shards that its index names.
+
+    Args:
+        root: the folder that no file may lie outside of, links followed; None for `place` itself.
 
     Raises:
-        ModelError: none there; a pickle in its place is named.
+        ModelError: none there, a pickle in its place, an absent shard, or one outside the folder.
     """
-    for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-        if (place / name).is_file():
-            return place / name
-    pickles = [p.name for p in place.glob("*") if p.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+    root = (root or place).resolve()
+    for name in [f"{n}{v}" for v in ("", ".fp16", ".bf16") for n in NAMES]:
+        one, index = place / f"{name}.safetensors", place / f"{name}.safetensors.index.json"
+        if one.is_file():
+            return (_inside(one, root),)
+        if index.is_file():
+            return _shards(index, root)
+    where = f"{place.parent.name}/{place.name}"
+    pickles = [p.name for p in sorted(place.glob("*")) if p.suffix in (".bin", ".pt", ".ckpt", ".pth")]
     if pickles:
-        raise ModelError(f"{place.parent.name}/{place.name} has only {pickles[0]}, a pickle, which can run code: convert it to safetensors")
-    raise ModelError(f"{place.parent.name}/{place.name} has no weights: expected diffusion_pytorch_model.safetensors or model.safetensors")
+        raise ModelError(f"{where} has only {pickles[0]}, a pickle, which can run code: convert it to safetensors")
+    raise ModelError(f"{where} has no weights: expected diffusion_pytorch_model.safetensors or model.safetensors")
 
 
-def check_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's length before any tensor is read.
-
-    Raises:
-        ModelError: the file is cut short or is not safetensors.
-    """
-    where = f"{path.parent.name}/{path.name}"
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ModelError(f"{where} is not a safetensors file or is damaged at byte 0: get it again")
-        try:
-            header = json.loads(file.read(length))
-            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, AttributeError, LookupError, TypeError):
-            raise ModelError(f"{where} has a damaged header (bytes 8 to {8 + length}): get it again") from None
-    if 8 + length + end > size:
-        raise ModelError(f"{where} is cut short: {size:,} bytes of {8 + length + end:,}: get it again")
-    return header
+def _shards(index: Path, root: Path) -> tuple[Path, ...]:
+    where = f"{index.parent.name}/{index.name}"
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        paths = [index.parent / name for name in names]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ModelError(f"{where} cannot be read ({type(error).__name__}): expected a weight_map of shards, so get it again") from error
+    for name, path in zip(names, paths, strict=True):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{where} names the shard {name!r:.100}: expected a .safetensors file in the same folder")
+        if not path.is_file():
+            raise ModelError(f"{where} names the shard {name}, which is not there: get it ({len(paths)} shards are expected)")
+    return tuple(_inside(path, root) for path in paths)
 
 
-def weight_bytes(folder: Path, part: Part) -> int:
-    """Bytes of a part's weights as stored, from the header alone."""
-    header = check_header(weights_file(folder / part.name))
-    return sum(v["data_offsets"][1] - v["data_offsets"][0] for k, v in header.items() if k != "__metadata__")
+def _inside(path: Path, root: Path) -> Path:
+    if not path.resolve().is_relative_to(root):
+        raise ModelError(f"{path.parent.name}/{path.name} links to a file outside the model's folder: put the file itself there")
+    return path
+
+
+@lru_cache(maxsize=64)
+def _header(path: str, size: int, changed: int) -> Header:
+    return read_header(Path(path))
 
 
 @lru_cache(maxsize=64)
 def _digest(path: str, size: int, changed: int) -> str:
+    """sha256 of a file; of one above 256 MB, of its size and of 64 pieces of 1 MB spread over it, the header among them."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        whole = hashlib.sha256(str(size).encode())
+        for n in range(64):
+            file.seek(n * (size - 2**20) // 63)
+            whole.update(file.read(2**20))
+        return whole.hexdigest()
 
 
-def digest(folder: Path, parts: tuple[Part, ...]) -> str:
-    """One short hash over all weights of a checkpoint (sha256, 16 hex digits), computed once per file version."""
+def digest(files: tuple[Path, ...]) -> str:
+    """One short hash over weight files (sha256, 16 hex digits), computed once per file version."""
     whole = hashlib.sha256()
-    for part in parts:
-        path = weights_file(folder / part.name)
+    for path in files:
         stat = path.stat()
         whole.update(_digest(str(path), stat.st_size, stat.st_mtime_ns).encode())
     return whole.hexdigest()[:16]

@@ -77,7 +77,8 @@ class LatentSpec:
 
 
 @torch.no_grad()
-def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
+def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | None = None, overlap: int | None = None,
+           call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
     """Pixels to native latents. Of a variational autoencoder, the mean: a picture has one latent, without a draw.
 
     Args:
@@ -85,6 +86,7 @@ def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | No
         pixels: (B, 3, H, W) in [-1, 1], sides multiples of `spec.factor`.
         tile: side of a tile in pixels, None for the whole picture at once.
         overlap: pixels that neighbouring tiles share at least; None for a quarter of a tile.
+        call: (vae, pixels) -> raw latents, where a family packs them or takes them from elsewhere than the plain call gives them.
 
     Returns:
         z0 (B, c, H/factor, W/factor), float32, on the module's device.
@@ -99,8 +101,7 @@ def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | No
     module = getattr(vae, "encoder", vae)
 
     def whole(x: Tensor) -> Tensor:
-        out = vae.encode(_cast(x, module))
-        raw = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
+        raw = _raw_latents(vae, _cast(x, module)) if call is None else call(vae, _cast(x, module))
         _check_shape(raw, (len(x), spec.channels, x.shape[2] // spec.factor, x.shape[3] // spec.factor), "encoder")
         return raw.float()
 
@@ -109,8 +110,14 @@ def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | No
     return spec.to_model(raw)
 
 
+def _raw_latents(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    out = vae.encode(pixels)
+    return out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
+
+
 @torch.no_grad()
-def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
+def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = None, overlap: int | None = None,
+           call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
     """Native latents to pixels.
 
     Args:
@@ -119,6 +126,7 @@ def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = 
         tile: side of a tile in pixels, None for the whole picture at once.
         overlap: pixels that neighbouring tiles share at least; None for a quarter of a tile. The outer quarters of it are dropped, so what a
             tile's cut edge spoils is never seen when the decoder reaches no further than that; across the middle half the tiles are blended.
+        call: (vae, raw latents) -> pixels, the way back of `encode`'s.
 
     Returns:
         Pixels (B, 3, h*factor, w*factor), float32 in about [-1, 1] (not clamped), on the module's device.
@@ -133,7 +141,7 @@ def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = 
     module = getattr(vae, "decoder", vae)
 
     def whole(raw: Tensor) -> Tensor:
-        pixels = vae.decode(_cast(raw, module)).sample
+        pixels = vae.decode(_cast(raw, module)).sample if call is None else call(vae, _cast(raw, module))
         _check_shape(pixels, (len(raw), 3, raw.shape[2] * spec.factor, raw.shape[3] * spec.factor), "decoder")
         return pixels.float()
 

@@ -17,21 +17,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentgen.diffusion.guide import guided, masked
+from latentgen.diffusion.guide import guided, image_guidance, masked
 from latentgen.diffusion.level import Denoiser, Level, noised, prediction_row, start
 from latentgen.diffusion.noise import SeededNoise
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
-from latentgen.errors import ModelError, NotFiniteError, RequestError
-from latentgen.models.card import Card, find_card
-from latentgen.models.family import Conditioning, Family
-from latentgen.models.load import digest, part_config, weight_bytes
-from latentgen.pixels.image import to_images
+from latentgen.errors import NotFiniteError, RequestError
+from latentgen.models.checkpoint import Checkpoint, open_checkpoint
+from latentgen.models.family import Conditioning, Scene, Side, Words
+from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode, preview
 from latentgen.pixels.mask import paste_back
+from latentgen.run.batch import alike, fingerprint, joined, repeated, tensors
 from latentgen.run.memo import Memo
-from latentgen.run.plan import Machine, Plan, make_plan, source_pixels
-from latentgen.run.progress import Bar
+from latentgen.run.plan import OPTIONS, Machine, Plan, PlannedText, make_plan, source_pixels
+from latentgen.run.progress import Bar, download_bar
 from latentgen.run.recipe import make_recipe
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
@@ -45,37 +45,45 @@ if TYPE_CHECKING:
 OnStep = Callable[[Step], None]
 
 
-def load(source: str | Path = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None) -> Pipeline:
+def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None,
+         card: str | None = None, config: str | Path | None = None, **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
-        source: a card's name (`latentgen models` lists them) or a folder with a card.toml.
+        source: a card's name (`latentgen models` lists them), a folder in diffusers layout, a .safetensors file (a whole checkpoint or a denoiser
+            alone), a .gguf file, or a hub name ("org/name", fetched once and then kept to one commit); None where denoiser= is given.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "float32", "bfloat16", "float16" of the networks; latents are always float32.
         residency: "resident" keeps every part loaded, "stage" only the part that runs.
         progress: a bar on stderr; None shows one in a terminal or notebook only.
+        card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
+        config: configs for a file: a published variant's name, or a folder in diffusers layout.
+        parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
-        ModelError: no such model, or a file of it is missing or damaged. RequestError: a bad device, dtype or residency.
+        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype or residency.
     """
     if residency not in POLICIES:
         raise RequestError(f"residency is {residency!r}: expected one of {', '.join(map(repr, POLICIES))}")
     place = choose_device(device)
-    return Pipeline(find_card(source), device=place, dtype=choose_dtype(dtype, place), residency=residency, progress=progress)
+    chosen = choose_dtype(dtype, place)
+    with download_bar(progress) as report:
+        checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, report=report)
+    return Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, progress=progress)
 
 
 class Pipeline:
-    """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, or `plan` and `stream` with a `Request`."""
+    """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, `edit`, or `plan` and `stream` with a `Request`."""
 
-    def __init__(self, card: Card, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", progress: bool | None = None) -> None:
-        self.card = card
-        self.family = _with_scale(card.load_family(), card.folder)
-        self.residency = Residency(card.folder, self.family, device=device, dtype=dtype, policy=residency)
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", progress: bool | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.card = checkpoint.card
+        self.family = checkpoint.family
+        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency)
         self.progress = progress
-        self._tokenizer = self.family.tokenizer(card.folder)
         self._memo = Memo()
-        weights = {stage: sum(weight_bytes(card.folder, p) for p in self.family.parts if stage in p.stages) for stage in ("text", "denoiser", "decoder")}
-        self._machine = Machine(card.name, str(device), str(dtype).removeprefix("torch."), residency, weights)
+        weights = {stage: checkpoint.weight_bytes(stage) for stage in ("text", "denoiser", "decoder")}
+        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights)
 
     def __repr__(self) -> str:
         m = self._machine
@@ -106,13 +114,17 @@ class Pipeline:
         """The picture continued by `left`, `right`, `top`, `bottom` pixels; the old pixels come back byte for byte."""
         return self._run("outpaint", on_step, prompt=prompt, image=image, **options)
 
+    def edit(self, prompt: str, reference: Any, *, on_step: OnStep | None = None, **options: Any) -> Result:
+        """A picture changed as the words instruct, by a model made for it; `reference` is the picture, or several where the model looks at several."""
+        return self._run("edit", on_step, prompt=prompt, reference=reference, **options)
+
     def plan(self, request: Request | str, **options: Any) -> Plan:
         """Everything that would be done, decided without touching weights. Takes a `Request`, or a prompt with options.
 
         Raises:
             RequestError, ImageError: input that cannot be honoured.
         """
-        return make_plan(_as_request(request, options), self.family, self._tokenizer, self._machine)
+        return make_plan(_as_request(request, options), self.family, self.checkpoint.tokenizers, self._machine)
 
     def stream(self, request: Request | str | Plan, **options: Any) -> Run:
         """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step."""
@@ -141,7 +153,8 @@ class Pipeline:
         timings: dict[str, float] = {}
         notes = list(plan.notes)
         began = time.perf_counter()
-        positive, negative = self._conditioning(plan)
+        self.residency.check()
+        conditionings = self._conditionings(plan, notes)
         timings["text"] = time.perf_counter() - began
         spec = self.family.latent
         shape = spec.shape(plan.width, plan.height)
@@ -150,13 +163,11 @@ class Pipeline:
         noise = SeededNoise(plan.seeds, shape)
         device = self.residency.device
         eps = noise.draw().to(device)
-        first = plan.levels[0]
-        from_source = z0 is not None and plan.task in ("img2img", "inpaint")
-        x = noised(z0.expand_as(eps), eps, first) if from_source and z0 is not None else start(eps, first)
+        x = self._start(plan, z0, eps)
         phase = time.perf_counter()
         with self.residency.use("denoiser") as modules:
-            denoise = self._denoiser(modules, plan, positive, negative)
-            if z0 is not None and plan.source is not None and plan.source.mask is not None:
+            denoise = self._denoiser(modules, plan, conditionings)
+            if z0 is not None and plan.source is not None and plan.source.mask is not None and self.family.task != "inpaint":
                 denoise = masked(denoise, z0=z0, mask=_latent_mask(plan.source.mask, spec.factor).to(device), eps=eps)
             sample = find_sampler(plan.sampler).function
             for step in sample(denoise, x, plan.levels, noise=lambda: noise.draw().to(device), **plan.options):
@@ -170,31 +181,71 @@ class Pipeline:
         images = self._finish(plan, self._pixels(plan, x, notes))
         timings["decode"] = time.perf_counter() - phase
         timings["total"] = time.perf_counter() - began
-        recipe = make_recipe(plan, digest(self.card.folder, self.family.parts), tuple(notes))
-        return Result(tuple(images), plan, tuple(notes), timings, recipe)
+        recipe = make_recipe(plan, self.checkpoint.digest, tuple(notes))
+        return Result(tuple(images), plan, tuple(notes), timings, recipe, x.cpu())
 
-    def _conditioning(self, plan: Plan) -> tuple[Conditioning, Conditioning]:
-        def encoded(ids: tuple[tuple[int, ...], ...]) -> Conditioning:
-            def make() -> Conditioning:
-                with self.residency.use("text") as modules:
-                    return self.family.encode(modules, torch.tensor(ids, device=self.residency.device))
+    def _start(self, plan: Plan, z0: Tensor | None, eps: Tensor) -> Tensor:
+        """x at the first level: the source with noise, another run's latents, or noise alone (also where an inpainting keeps nothing of the old)."""
+        first = plan.levels[0]
+        if plan.request.latents is not None:
+            if plan.request.latents.shape != eps.shape:
+                raise RequestError(f"latents have shape {tuple(plan.request.latents.shape)}: expected {tuple(eps.shape)}")
+            return plan.request.latents.to(eps)
+        if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and plan.strength < 1)):
+            return noised(z0.expand_as(eps), eps, first)
+        return start(eps, first)
 
-            return self._memo.get(("text", ids), make, _tensors)
+    def _conditionings(self, plan: Plan, notes: list[str]) -> list[Conditioning]:
+        """What each evaluation of a guided step is given: the words; then the negative ones; then, where a picture guides too, neither."""
+        guided = plan.batching != "off"
+        sides: tuple[Side, ...] = ("positive", "negative", "none")[:{"off": 1, "pair": 2, "triple": 3}[plan.batching]] if guided else ("positive",)
+        texts: dict[Side, PlannedText] = {"positive": plan.prompt, "negative": plan.negative, "none": plan.negative}
+        worded = [self._encoded(plan, texts[side], side) for side in sides]
+        scene = self._scene(plan, notes)
+        made = []
+        for side, words in zip(sides, worded, strict=True):
+            extra = {name: tensor.to(self.residency.device) for name, tensor in self.family.inputs(scene, side).items()}
+            made.append(replace(words, extra={**words.extra, **extra}) if extra else words)
+        return made
 
-        positive = encoded(plan.prompt.ids)
-        return positive, encoded(plan.negative.ids) if plan.batching != "off" else positive
+    def _encoded(self, plan: Plan, text: PlannedText, side: Side) -> Conditioning:
+        """One text through the encoders, or from the memo."""
+        said = "positive" if side == "positive" else "negative"
+        request, seen = plan.request, plan.references if self.family.reads_pictures else ()
+        empty = said == "negative" and not any((text.text, request.negative_prompt_2, request.negative_prompt_3))
+
+        def make() -> Conditioning:
+            device = self.residency.device
+            ids = {name: torch.tensor(chunks.ids, device=device) for name, chunks in text.chunks.items()}
+            mask = {name: torch.tensor(chunks.mask, device=device) for name, chunks in text.chunks.items()}
+            words = Words(ids, mask, said, empty, request.clip_skip, tuple(to_tensor(p) for p in seen))
+            with self.residency.use("text") as modules, torch.no_grad():
+                return self.family.encode(modules, words)
+
+        key = ("text", tuple((name, chunks.ids) for name, chunks in text.chunks.items()), said, empty, request.clip_skip, tuple(map(fingerprint, seen)))
+        return self._memo.get(key, make, tensors)
+
+    def _scene(self, plan: Plan, notes: list[str]) -> Scene:
+        """The picture side of a request, as a family's `inputs` reads it."""
+        source, request = plan.source, plan.request
+        options = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None} | {"guidance_scale": plan.guidance_scale}
+        return Scene(plan.width, plan.height, self.family.latent.shape(plan.width, plan.height),
+                     encode=lambda pixels: self._latents(pixels, plan.tile, notes),
+                     image=None if source is None else source_pixels(source), mask=None if source is None else source.mask,
+                     references=tuple(to_tensor(picture) for picture in plan.references), options=options)
 
     def _source_latents(self, plan: Plan, notes: list[str]) -> Tensor | None:
-        """z0 of the source picture, (1, c, h, w), in float32 once more where the half-precision encoder overflows."""
-        source = plan.source
-        if source is None:
-            return None
+        """z0 of the source picture, (1, c, h, w)."""
+        return None if plan.source is None else self._latents(source_pixels(plan.source), plan.tile, notes)
+
+    def _latents(self, pixels: Tensor, tile: int | None, notes: list[str]) -> Tensor:
+        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows."""
 
         def encoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("encoder", dtype=dtype) as modules:
-                return encode(modules["vae"], source_pixels(source), self.family.latent, tile=plan.tile)
+                return encode(modules["vae"], pixels, self.family.latent, tile=tile, call=self.family.vae_encode)
 
-        key = ("image", source.image.size, hashlib.sha256(source.image.tobytes()).digest(), plan.tile)
+        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), tile)
         z0, said = self._memo.get(key, lambda: self._finite("encoded", encoded), lambda made: [made[0]])
         notes.extend(said)
         return z0
@@ -208,31 +259,41 @@ class Pipeline:
                 raise
             return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
 
-    def _denoiser(self, modules: Modules, plan: Plan, positive: Conditioning, negative: Conditioning) -> Denoiser:
+    def _denoiser(self, modules: Modules, plan: Plan, conditionings: list[Conditioning]) -> Denoiser:
         """(x, level) -> x0 with the words, guided where the plan says so; `plan.rows` pictures per network call."""
         family = self.family
 
         def estimate(x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
             a, b = prediction_row(family.prediction, level)
-            return a * x + b * family.predict(modules, x, level, conditioning)
-
-        def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-            return function(x) if len(x) <= plan.rows else torch.cat([function(part) for part in x.split(plan.rows)])
+            with torch.no_grad():
+                return a * x + b * family.predict(modules, x, level, conditioning)
 
         def with_words(x: Tensor, level: Level) -> Tensor:
-            return by_rows(lambda part: estimate(part, level, _repeated(positive, len(part))), x)
+            parts = [estimate(part, level, repeated(conditionings[0], len(part))) for part in x.split(plan.rows)]
+            return torch.cat(parts) if parts[1:] else parts[0]
 
         if plan.batching == "off":
             return with_words
+        together = alike(conditionings)
 
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            parts = []
+        def every(x: Tensor, level: Level) -> tuple[Tensor, ...]:
+            rows = []
             for part in x.split(plan.rows):
-                pair = _joined(_repeated(positive, len(part)), _repeated(negative, len(part)))
-                parts.append(estimate(torch.cat([part, part]), level, pair).chunk(2))
-            return torch.cat([p for p, _ in parts]), torch.cat([n for _, n in parts])
+                said = [repeated(c, len(part)) for c in conditionings]
+                if together:
+                    rows.append(estimate(torch.cat([part] * len(said)), level, joined(said)).chunk(len(said)))
+                else:  # encoders without padding give the two texts different lengths
+                    rows.append(tuple(estimate(part, level, c) for c in said))
+            return tuple(torch.cat(sides) if sides[1:] else sides[0] for sides in zip(*rows, strict=True))
 
-        return guided(with_words, both, scale=plan.guidance_scale, rescale=plan.guidance_rescale, interval=plan.guidance_interval,
+        combine: Callable[..., Tensor] | None = None
+        if plan.batching == "triple":
+            def combine(x: Tensor, level: Level, x0s: tuple[Tensor, ...]) -> Tensor:
+                return image_guidance(*x0s, scale=plan.cfg_scale, image_scale=plan.image_guidance_scale)
+        elif family.combine is not None:
+            def combine(x: Tensor, level: Level, x0s: tuple[Tensor, ...]) -> Tensor:
+                return family.combine(x, level, *x0s, plan.cfg_scale)
+        return guided(with_words, every, scale=plan.cfg_scale, rescale=plan.guidance_rescale, interval=plan.guidance_interval, combine=combine,
                       position=lambda level: family.path.find(level.half_log_snr))
 
     def _pixels(self, plan: Plan, z: Tensor, notes: list[str]) -> Tensor:
@@ -240,7 +301,7 @@ class Pipeline:
 
         def decoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("decoder", dtype=dtype) as modules:
-                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=plan.tile).cpu() for part in z.split(1)])
+                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=plan.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
 
         pixels, said = self._finite("decoded", decoded)
         notes.extend(said)
@@ -307,6 +368,7 @@ class Run:
 _TASK_NEEDS = {
     "txt2img": "leave image, mask and left/right/top/bottom out, or call that method", "img2img": "it takes an image and no mask or sides",
     "inpaint": "it needs an image and a mask, and no left/right/top/bottom", "outpaint": "it needs an image and at least one of left, right, top, bottom",
+    "edit": "it takes a reference and no image, mask or sides",
 }
 
 
@@ -318,33 +380,6 @@ def _as_request(request: Request | str, options: dict[str, Any]) -> Request:
     return Request(prompt=request, **options)
 
 
-def _with_scale(family: Family, folder: Path) -> Family:
-    """The family with its VAE's own scaling factor and shift."""
-    config = part_config(folder / "vae")
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    if not all(isinstance(value, (int, float)) for value in (scale, shift)):
-        raise ModelError(f"{folder.name}/vae/config.json has scaling_factor {scale!r:.60} and shift_factor {shift!r:.60}: expected numbers")
-    return replace(family, latent=replace(family.latent, scale=float(scale), shift=float(shift)))
-
-
 def _latent_mask(mask: Tensor, factor: int) -> Tensor:
     """(1, 1, H, W) -> (1, 1, h, w): a latent is repainted as far as any of its pixels is."""
     return torch.nn.functional.max_pool2d(mask, factor)
-
-
-def _tensors(conditioning: Conditioning) -> list[Tensor]:
-    return [t for t in (conditioning.tokens, conditioning.pooled, *conditioning.extra.values()) if t is not None]
-
-
-def _repeated(c: Conditioning, count: int) -> Conditioning:
-    """A conditioning of batch 1 for `count` pictures, without a copy."""
-
-    def grow(t: Tensor) -> Tensor:
-        return t.expand(count, *t.shape[1:])
-
-    return Conditioning(grow(c.tokens), None if c.pooled is None else grow(c.pooled), {k: grow(v) for k, v in c.extra.items()})
-
-
-def _joined(a: Conditioning, b: Conditioning) -> Conditioning:
-    pooled = None if a.pooled is None or b.pooled is None else torch.cat([a.pooled, b.pooled])
-    return Conditioning(torch.cat([a.tokens, b.tokens]), pooled, {k: torch.cat([v, b.extra[k]]) for k, v in a.extra.items()})

@@ -5,8 +5,9 @@ All errors about input are raised here.
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentgen.conditioning.prompt import PromptChunks, chunked
+from latentgen.conditioning.prompt import PromptChunks, laid_out, levelled
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.diffusion.schedule import spacing as make_spacing
@@ -25,10 +26,14 @@ from latentgen.pixels.image import extended, fit_to, open_image, to_tensor
 from latentgen.pixels.mask import canvas, open_mask
 
 if TYPE_CHECKING:
-    from latentgen.conditioning.encoders import ClipTokens
+    from latentgen.conditioning.tokens import Tokens
     from latentgen.pixels.latent import LatentSpec
     from latentgen.run.request import Request
 
+OPTIONS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size", "aesthetic_score",
+           "negative_aesthetic_score")
+RAMPS = ("karras", "exponential")  # spacings that a shift does not reach
+SIDES = {"cfg": 2, "image": 3}  # how often a guided evaluation sees a picture
 MAX_AREA = 4096 * 4096
 TILE_ABOVE = 1024 * 1024  # pixels of a picture from which the autoencoder works in tiles
 TILE = 768
@@ -48,6 +53,29 @@ class Source:
 
 
 @dataclass(frozen=True)
+class PlannedText:
+    """A text as every encoder will read it.
+
+    Attributes:
+        text: what was said.
+        chunks: tokenizer name -> its chunks of token ids.
+    """
+
+    text: str
+    chunks: Mapping[str, PromptChunks]
+
+    @property
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        """Chunks of the first tokenizer."""
+        return next(iter(self.chunks.values())).ids
+
+    @property
+    def tokens(self) -> int:
+        """How many ids of the first tokenizer are words."""
+        return next(iter(self.chunks.values())).tokens
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done, in full. Print it.
 
@@ -56,8 +84,10 @@ class Plan:
         levels: the levels visited, the clean one last; `steps` of them are evaluated.
         prompt, negative: token chunks, as many of one as of the other where both are used.
         asked_steps: steps of the whole run, of which an edit runs the share `strength`.
-        batching: how a guided evaluation runs: "pair" (both in one call) or "off" (no guidance).
-        evaluations: how often the network sees one picture, exactly: two for each guided level that a sampler asks about, else one.
+        cfg_scale: weight of the evaluations against each other: guidance_scale, or true_cfg_scale where the model has guidance built in; 1 is off.
+        batching: how a guided evaluation runs: "pair" or "triple" (in one call), or "off" (no guidance).
+        evaluations: how often the network sees one picture, exactly: two or three for each guided level that a sampler asks about, else one.
+        references: pictures for editing by instruction, as given.
         rows: pictures per network call. On a CPU 1, so that a picture never depends on its batch.
         tile: side of an autoencoder tile in pixels, or None.
         weights: bytes of weights per stage, from the files' headers.
@@ -76,11 +106,13 @@ class Plan:
     spacing: str
     options: Mapping[str, float]
     guidance_scale: float
+    cfg_scale: float
+    image_guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float]
     strength: float
-    prompt: PromptChunks
-    negative: PromptChunks
+    prompt: PlannedText
+    negative: PlannedText
     batching: str
     rows: int
     dtype: str
@@ -91,6 +123,7 @@ class Plan:
     evaluations: int
     notes: tuple[str, ...]
     source: Source | None = field(default=None, repr=False, compare=False)
+    references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def steps(self) -> int:
@@ -100,7 +133,7 @@ class Plan:
     def __str__(self) -> str:
         size = f"{self.width}x{self.height}" + (f", cropped to {self.crop[0]}x{self.crop[1]}" if self.crop != (self.width, self.height) else "")
         first, last = self.levels[0], self.levels[-2]
-        guidance = f"{self.guidance_scale:g} ({self.batching})" if self.batching != "off" else "off"
+        guidance = f"{self.guidance_scale:g} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
         rows = {
             "model": self.model, "task": self.task, "size": size, "seeds": ", ".join(map(str, self.seeds)),
             "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v:g}" for k, v in self.options.items()),
@@ -125,7 +158,7 @@ class Machine:
     weights: Mapping[str, int]
 
 
-def make_plan(request: Request, family: Family, tokenizer: ClipTokens, machine: Machine) -> Plan:
+def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
     """Decide everything about a request.
 
     Raises:
@@ -133,55 +166,85 @@ def make_plan(request: Request, family: Family, tokenizer: ClipTokens, machine: 
     """
     notes: list[str] = []
     defaults = family.defaults
-    scale, levels, strength, options = _numbers(request, family, notes)
-    source, width, height, crop = _size(request, family)
-    native = defaults.width * defaults.height
-    if not native / 5 < width * height < native * 5:
-        notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
-    prompt = chunked(request.prompt, tokenizer)
-    negative = chunked(request.negative_prompt, tokenizer, name="negative_prompt", at_least=len(prompt.ids))
-    if scale != 1:
-        prompt = chunked(request.prompt, tokenizer, at_least=len(negative.ids))
-    if not request.prompt.strip():
-        notes.append("the prompt is empty: the picture is unconditional")
-    if len(prompt.ids) > 1:
-        notes.append(f"the prompt has {prompt.tokens} tokens and is read in {len(prompt.ids)} chunks of {tokenizer.length - 2}")
-    if source is not None and source.mask is not None and not source.mask.any():
-        notes.append("the mask is all black: the picture comes back as it was")
-    guided = scale != 1
-    low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
-    rescale = defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
-    per_step = find_sampler(request.sampler or defaults.sampler).evaluations_per_step
-    asked = [level for pair in pairwise(levels) for level in pair[:per_step] if level.sigma > 0]
-    evaluations = sum(2 if guided and low <= family.path.find(level.half_log_snr) <= high else 1 for level in asked)
-    return Plan(
-        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
-        asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler,
-        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, guidance_rescale=rescale if guided else 0.0,
-        guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative, batching="pair" if guided else "off",
-        rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency,
-        tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights, evaluations=evaluations,
-        notes=tuple(notes), source=source)
-
-
-def _numbers(request: Request, family: Family, notes: list[str]) -> tuple[float, tuple[Level, ...], float, dict[str, float]]:
-    """Guidance scale, the levels to run, strength and the sampler's options, with contradictions found."""
-    defaults, task = family.defaults, request.task
 
     def refuse(problem: str) -> None:
         if request.strict:
             raise RequestError(problem)
         notes.append(f"ignored: {problem}")
 
-    scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    if family.guidance != "cfg" and scale != 1:
-        if request.guidance_scale is not None:
-            refuse(f"guidance_scale is {scale:g} but {family.name} has no classifier-free guidance: leave it out")
-        scale = 1.0
-    if scale == 1 and request.negative_prompt:
-        refuse("negative_prompt is given but guidance_scale is 1, which turns guidance off: raise guidance_scale or leave the negative prompt out")
-    if scale == 1 and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
-        refuse("guidance_rescale or guidance_interval is given but guidance_scale is 1, which turns guidance off: raise guidance_scale or leave them out")
+    references = _references(request, family)
+    source, width, height, crop = _size(request, family, references)
+    native = defaults.width * defaults.height
+    if not native / 5 < width * height < native * 5:
+        notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
+    scale, cfg = _guidance(request, family, refuse)
+    guided = cfg != 1 or (family.guidance == "image" and bool(references))
+    levels, strength, options = _levels(request, family, (width, height), refuse, notes)
+    prompt, negative = _texts(request, family, tokenizers, guided, refuse, notes)
+    if source is not None and source.mask is not None and not source.mask.any():
+        notes.append("the mask is all black: the picture comes back as it was")
+    low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
+    rescale = defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
+    per_step = find_sampler(request.sampler or defaults.sampler).evaluations_per_step
+    asked = [level for pair in pairwise(levels) for level in pair[:per_step] if level.sigma > 0]
+    sides = SIDES["image"] if family.guidance == "image" and references else SIDES["cfg"]
+    evaluations = sum(sides if guided and low <= family.path.find(level.half_log_snr) <= high else 1 for level in asked)
+    image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
+    return Plan(
+        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
+        asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler,
+        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
+        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative,
+        batching={2: "pair", 3: "triple"}[sides] if guided else "off", rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype,
+        device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
+        evaluations=evaluations, notes=tuple(notes), source=source, references=references)
+
+
+def _references(request: Request, family: Family) -> tuple[Image.Image, ...]:
+    """The pictures given as `reference`, opened."""
+    given = request.references
+    if given and not family.references:
+        raise RequestError(f"reference is given but {family.name} does not look at pictures: use image= to redraw one, or a model for editing by instruction")
+    if len(given) > family.references:
+        raise RequestError(f"reference holds {len(given)} pictures but {family.name} looks at {family.references} at most: give fewer")
+    if family.task == "edit" and not given:
+        raise RequestError(f"{family.name} here is a checkpoint that edits a picture by instruction, and no reference is given: pass reference=")
+    return tuple(open_image(picture, name="reference", max_pixels=MAX_AREA) for picture in given)
+
+
+def _guidance(request: Request, family: Family, refuse: Callable[[str], None]) -> tuple[float, float]:
+    """The guidance scale as the model takes it, and the weight of classifier-free guidance, with contradictions found."""
+    scale = family.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    said = request.guidance_scale is not None
+    if family.guidance in ("cfg", "image"):
+        cfg, off = scale, "guidance_scale is 1, which turns guidance off: raise guidance_scale"
+        if request.true_cfg_scale is not None:
+            refuse(f"true_cfg_scale is given but {family.name} has no guidance built in: use guidance_scale")
+    else:
+        cfg, off = request.true_cfg_scale or 1.0, f"{family.name} here is distilled, and without true_cfg_scale runs no classifier-free guidance: pass true_cfg_scale above 1"
+        if family.guidance == "none" and scale != 1:
+            if said:
+                refuse(f"guidance_scale is {scale:g} but {family.name} here has no guidance to scale: leave it out")
+            scale = 1.0
+    if cfg == 1 and any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)):
+        refuse(f"negative_prompt is given but {off}, or leave the negative prompt out")
+    if cfg == 1 and family.guidance != "image" and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
+        refuse(f"guidance_rescale or guidance_interval is given but {off}, or leave them out")
+    if request.image_guidance_scale is not None and family.guidance != "image":
+        refuse(f"image_guidance_scale is given but {family.name} here weighs no picture against the words: leave it out")
+    for name in OPTIONS:
+        if getattr(request, name) is not None and name not in family.options:
+            refuse(f"{name} is given but {family.name} here is not told it: leave it out")
+        elif getattr(request, name) is not None and name.startswith("negative_") and cfg == 1:
+            refuse(f"{name} is given but {off}, or leave it out")
+    return scale, cfg
+
+
+def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Callable[[str], None],
+            notes: list[str]) -> tuple[tuple[Level, ...], float, dict[str, float]]:
+    """The levels to run, strength and the sampler's options."""
+    defaults, task = family.defaults, request.task
+    steps, spacing = request.steps or defaults.steps, request.spacing or defaults.spacing
     info = find_sampler(request.sampler or defaults.sampler)
     options: dict[str, float] = {}
     if request.eta is not None:
@@ -189,11 +252,11 @@ def _numbers(request: Request, family: Family, notes: list[str]) -> tuple[float,
             options["eta"] = request.eta
         else:
             refuse(f"eta is given but the sampler {request.sampler or defaults.sampler!r} has no eta: use sampler='ddim' or leave eta out")
-    shift = defaults.shift if request.shift is None else request.shift
-    if shift != 1 and family.prediction != "flow":
-        refuse(f"shift is {shift:g} but {family.name} does not run on a rectified flow: leave shift out")
-        shift = 1.0
-    levels = make_spacing(request.spacing or defaults.spacing, family.path, request.steps or defaults.steps, shift=shift)
+    if request.shift is not None and request.shift != 1 and family.prediction != "flow":
+        refuse(f"shift is {request.shift:g} but {family.name} does not run on a rectified flow: leave shift out")
+    shift = defaults.shift if family.shift is None else family.shift(*size, steps)
+    shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in RAMPS else shift
+    levels = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0)
     strength = 1.0
     if task in ("img2img", "inpaint"):
         strength = request.strength if request.strength is not None else (defaults.strength if task == "img2img" else 1.0)
@@ -205,14 +268,59 @@ def _numbers(request: Request, family: Family, notes: list[str]) -> tuple[float,
         refuse(f"strength is given but {task} has nothing to keep by strength: leave it out")
     if request.feather and task != "outpaint":
         refuse(f"feather is given but this is {task}: it softens the rim of an outpainted area")
-    return scale, levels, strength, options
+    return _share(request, family, levels), strength, options
 
 
-def _size(request: Request, family: Family) -> tuple[Source | None, int, int, tuple[int, int]]:
+def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    """The levels between denoising_start and denoising_end, counted on the training steps as diffusers does."""
+    if (request.latents is None) != (request.denoising_start is None):
+        raise RequestError("latents and denoising_start belong together: pass another run's `.latents` and the denoising_end that it had as denoising_start")
+    if request.latents is not None and (request.image is not None or len(request.latents) != request.batch):
+        raise RequestError(f"latents hold {len(request.latents)} pictures, batch is {request.batch}: expected as many, and no image beside them")
+    ends = [1.0 if end is None else end for end in (request.denoising_start or 0.0, request.denoising_end)]
+    if ends[0] >= ends[1]:
+        raise RequestError(f"denoising_start is {ends[0]:g} and denoising_end is {ends[1]:g}: expected the start before the end")
+    first, last = (sum(level.time >= round(family.path.train_steps * (1 - end)) for level in levels[:-1]) for end in ends)
+    first, last = first if ends[0] else 0, last if ends[1] < 1 else len(levels) - 1
+    if first >= last:
+        raise RequestError(f"no step lies between denoising_start {ends[0]:g} and denoising_end {ends[1]:g} of {len(levels) - 1} steps: use more steps")
+    return levels[first:last + 1]
+
+
+def _texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens], guided: bool, refuse: Callable[[str], None],
+           notes: list[str]) -> tuple[PlannedText, PlannedText]:
+    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used."""
+    names = list(tokenizers)
+    for n in (2, 3):
+        for field_name in (f"prompt_{n}", f"negative_prompt_{n}"):
+            if getattr(request, field_name) and len(names) < n:
+                refuse(f"{field_name} is given but {family.name} here has {len(names)} text encoder{'s' if names[1:] else ''}: leave it out")
+    if request.clip_skip > 1 and not family.clip_skip:
+        refuse(f"clip_skip is {request.clip_skip} but {family.name} reads no layer of CLIP that could be chosen: leave it out")
+
+    def read(side: str, first: str) -> dict[str, PromptChunks]:
+        own = {name: text for n, name in enumerate(names[1:3], 2) if (text := getattr(request, f"{side}_{n}"))}
+        return laid_out(first, tokenizers, name=side, texts=own, strict=request.strict, notes=notes)
+
+    prompt, negative = read("prompt", request.prompt), read("negative_prompt", request.negative_prompt)
+    if guided:
+        prompt, negative = levelled(prompt, negative, tokenizers)
+    if not request.prompt.strip():
+        notes.append("the prompt is empty: the picture is unconditional")
+    first = next(iter(prompt.values()))
+    if len(first.ids) > 1:
+        notes.append(f"the prompt has {first.tokens} tokens and is read in {len(first.ids)} chunks of {len(first.ids[0]) - 2}")
+    return PlannedText(request.prompt, prompt), PlannedText(request.negative_prompt, negative)
+
+
+def _size(request: Request, family: Family, references: tuple[Image.Image, ...]) -> tuple[Source | None, int, int, tuple[int, int]]:
     """The source picture at its planned size, that size, and the size of the finished picture."""
     spec, defaults = family.latent, family.defaults
-    if request.task == "txt2img":
-        width, height = request.width or defaults.width, request.height or defaults.height
+    if request.task in ("txt2img", "edit"):
+        width, height = _own_size(family, references)
+        if request.latents is not None:
+            width, height = (side * spec.factor for side in (request.latents.shape[3], request.latents.shape[2]))
+        width, height = request.width or width, request.height or height
         spec.shape(width, height)
         _check_area(width, height)
         return None, width, height, (width, height)
@@ -235,6 +343,16 @@ def _size(request: Request, family: Family) -> tuple[Source | None, int, int, tu
         image = extended(image, left=0, right=right, top=0, bottom=bottom)
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
     return Source(image, mask), image.width, image.height, crop
+
+
+def _own_size(family: Family, references: tuple[Image.Image, ...]) -> tuple[int, int]:
+    """The size of a picture where none was said: the model's own; with a reference, its shape, and its very size where the network wants it so."""
+    defaults, step = family.defaults, family.latent.multiple
+    if not references:
+        return defaults.width, defaults.height
+    width, height = references[0].size
+    share = 1.0 if family.guidance == "image" else math.sqrt(defaults.width * defaults.height / (width * height))
+    return max(step, int(width * share) // step * step), max(step, int(height * share) // step * step)
 
 
 def _resized(image: Image.Image, request: Request, spec: LatentSpec) -> Image.Image:

@@ -1,8 +1,10 @@
-"""The progress bar of a call: rate and ETA on stderr, in a terminal or a notebook. Knows a plan's length; nothing calls upward."""
+"""The progress bars of a call and of a download: rate and ETA on stderr, in a terminal or a notebook. Knows lengths; nothing calls upward."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,29 @@ class Bar:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def download_bar(shown: bool | None) -> Iterator[Callable[[int, int, str], object] | None]:
+    """What a download reports to: (bytes done, bytes in all, file). The bar appears with the first report; None where nobody watches."""
+    if not (shown or (shown is None and watched())):
+        yield None
+        return
+    bars: list[Any] = []
+
+    def report(done: int, total: int, file: str) -> None:
+        from tqdm.auto import tqdm
+
+        if not bars:
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, leave=False))
+        bars[0].set_description(file, refresh=False)
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield report
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def watched() -> bool:

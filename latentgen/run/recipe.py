@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
 
 KEY = "latentgen"
-SAID = ("width", "height", "left", "right", "top", "bottom", "feather", "shift", "fit", "batch")
+SAID = ("width", "height", "left", "right", "top", "bottom", "feather", "shift", "fit", "batch", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3",
+        "true_cfg_scale", "image_guidance_scale", "original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left",
+        "negative_target_size", "aesthetic_score", "negative_aesthetic_score", "denoising_start", "denoising_end")
 
 
 def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, Any]:
@@ -30,7 +32,10 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0], **plan.options}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
-    recipe |= {n: getattr(request, n) for n in SAID if getattr(request, n) and n not in recipe}
+    recipe |= {n: list(v) if isinstance(v, tuple) else v for n in SAID if (v := getattr(request, n)) is not None and v != 0 and v != "" and n not in recipe}
+    recipe |= {"clip_skip": request.clip_skip} if request.clip_skip > 1 else {}
+    recipe |= {"reference_sha256": [_hash(picture) for picture in plan.references]} if plan.references else {}
+    recipe |= {"latents_sha256": hashlib.sha256(request.latents.float().cpu().numpy().tobytes()).hexdigest()} if request.latents is not None else {}
     if not request.strict:
         recipe["strict"] = False  # what was ignored with a note would else be refused
     if plan.source is not None:

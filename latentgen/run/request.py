@@ -19,8 +19,15 @@ EXPECTED = {
     "guidance_rescale": "a number from 0 to 1", "guidance_interval": "two numbers, low and high, 0 <= low < high <= 1 (1 is noise)",
     "strength": "a number above 0 and up to 1", "eta": "a number from 0 to 1", "shift": "a number from 0.01 to 100",
     "seed": "a whole number from 0 to 2**63 - 1", "batch": "a whole number from 1 to 64", "sampler": "a sampler's name", "spacing": "a spacing's name",
+    "true_cfg_scale": "a number from 1 (off) to 100", "image_guidance_scale": "a number from 0 to 100", "clip_skip": "a whole number from 1 (off) to 12",
+    "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
+    "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
+    "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
+PAIRS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size")
+EXPECTED |= {name: "two whole numbers, height and width (or y and x), from 0 to 16384" for name in PAIRS}
+PROMPTS = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
 
 ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "num_inference_steps": "steps", "sampling_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "guidance": "guidance_scale",
@@ -29,7 +36,9 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "positive": "prompt", "positive_prompt": "prompt", "text": "prompt", "negative": "negative_prompt", "init_image": "image", "input_image": "image",
     "init_images": "image", "mask_image": "mask", "generator": "seed", "noise_seed": "seed", "sigmas": "spacing", "timestep_spacing": "spacing",
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
-    "callback": "on_step", "callback_on_step_end": "on_step",
+    "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
+    "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
+    "image_cfg_scale": "image_guidance_scale", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
 }
 
 
@@ -37,7 +46,7 @@ class Request(BaseModel):
     """Everything a caller may say about one picture (or one batch). Frozen; change it with `request.replace(steps=30)`.
 
     Fields left at None take the model's default. Sizes are in pixels. Without an image it is txt2img; with one img2img; with a mask inpaint;
-    with any of left/right/top/bottom outpaint.
+    with any of left/right/top/bottom outpaint; with a reference alone edit.
 
     Attributes:
         prompt, negative_prompt: any length; long ones are read in chunks, never cut.
@@ -50,6 +59,16 @@ class Request(BaseModel):
         image, mask: PIL picture, path, bytes, array or tensor; white in the mask is repainted.
         strength: share of the steps that an edit runs, above 0 to 1.
         left, right, top, bottom: pixels that outpaint adds. feather: soft rim of the outpaint mask.
+        prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other words for a model's second and third text encoder.
+        clip_skip: 1 is the layer that the model uses, 2 the one before it (A1111's count).
+        reference: a picture, or several, that a model for editing by instruction looks at.
+        true_cfg_scale: classifier-free guidance beside the guidance that a distilled model has built in; 1 is off.
+        image_guidance_scale: how far an edit by instruction holds to its picture (Brooks et al. 2023).
+        original_size, crop_top_left, target_size (and negative_...): size and crop that the model is told, (height, width) or (y, x) (Podell et al. 2023).
+        aesthetic_score, negative_aesthetic_score: what a refiner is told.
+        denoising_end: stop where this share of the noise path is done and leave the rest to another model; its `latents` and the same number as
+            `denoising_start` go on from there.
+        latents: (batch, c, h, w), the start of a run with denoising_start.
         fit: "resize" lets a mask or image of another size be resized.
         strict: False turns what a model cannot honour into a note.
 
@@ -82,11 +101,30 @@ class Request(BaseModel):
     bottom: int = Field(0, ge=0, le=4096)
     feather: int = Field(0, ge=0, le=512)
     fit: str | None = Field(None, pattern="^resize$")
+    prompt_2: str = ""
+    prompt_3: str = ""
+    negative_prompt_2: str = ""
+    negative_prompt_3: str = ""
+    clip_skip: int = Field(1, ge=1, le=12)
+    reference: Any = None
+    true_cfg_scale: float | None = Field(None, ge=1, le=100, allow_inf_nan=False)
+    image_guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    negative_aesthetic_score: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    denoising_start: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    denoising_end: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    latents: Any = None
     strict: bool = True
 
     def __init__(self, **said: Any) -> None:
         said = {name: value.item() if isinstance(value, np.generic) else value for name, value in said.items()}  # np.int64(20) is 20
-        for name in ("prompt", "negative_prompt"):
+        for name in PROMPTS:
             if name in said or name == "prompt":
                 check_text(said.get(name), name=name)
         try:
@@ -106,14 +144,39 @@ class Request(BaseModel):
             raise ValueError("out of range")
         return (float(low), float(high))
 
+    @field_validator(*PAIRS, mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(type(v) is int and 0 <= v <= 16384 for v in value):
+            raise ValueError("not two whole numbers")
+        return tuple(value)
+
+    @field_validator("latents", mode="before")
+    @classmethod
+    def _latents(cls, value: Any) -> Any:
+        if value is not None and (getattr(value, "ndim", 0) != 4 or not hasattr(value, "is_floating_point")):
+            raise ValueError("not a tensor of four axes")
+        return value
+
+    @property
+    def references(self) -> tuple[Any, ...]:
+        """`reference` as a tuple, empty where none is given."""
+        if self.reference is None:
+            return ()
+        return tuple(self.reference) if isinstance(self.reference, (list, tuple)) else (self.reference,)
+
     @property
     def task(self) -> str:
-        """"txt2img", "img2img", "inpaint" or "outpaint"."""
+        """"txt2img", "img2img", "inpaint", "outpaint" or "edit"."""
         if any((self.left, self.right, self.top, self.bottom)):
             return "outpaint"
         if self.mask is not None:
             return "inpaint"
-        return "img2img" if self.image is not None else "txt2img"
+        if self.image is not None:
+            return "img2img"
+        return "edit" if self.reference is not None else "txt2img"
 
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed, checked again."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
 
 from latentgen.errors import RequestError
-from latentgen.models.family import Family, Part, Stage
+from latentgen.models.checkpoint import Checkpoint
+from latentgen.models.family import Part, Stage
 from latentgen.models.load import load_part
 
 if TYPE_CHECKING:
@@ -27,17 +27,29 @@ POLICIES = ("resident", "stage")
 class Residency:
     """The parts of one checkpoint on one device."""
 
-    def __init__(self, folder: Path, family: Family, *, device: torch.device, dtype: torch.dtype, policy: str = "resident") -> None:
-        self.folder, self.family, self.device, self.dtype, self.policy = folder, family, device, dtype, policy
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident") -> None:
+        self.checkpoint, self.device, self.dtype, self.policy = checkpoint, device, dtype, policy
         self._here: dict[tuple[str, torch.dtype], nn.Module] = {}
         self._users: dict[tuple[str, torch.dtype], int] = {}
         self._lock = Lock()
+        self._checked = False
+
+    def check(self) -> None:
+        """Once, before the first weights are read: every part's tensors fit its config, from headers alone.
+
+        Raises:
+            ModelError: a part does not fit.
+        """
+        with self._lock:
+            if not self._checked:
+                self.checkpoint.check()
+                self._checked = True
 
     @contextmanager
     def use(self, stage: Stage, *, dtype: torch.dtype | None = None) -> Iterator[dict[str, nn.Module]]:
         """The modules of a stage, on the device, for as long as the block runs. Several threads may be in the same block."""
         dtype = dtype or self.dtype
-        parts = [p for p in self.family.parts if stage in p.stages]
+        parts = [p for p in self.checkpoint.family.parts if stage in p.stages]
         taken: list[Part] = []
         try:
             modules: dict[str, nn.Module] = {}
@@ -53,7 +65,7 @@ class Residency:
         key = (part.name, dtype)
         with self._lock:
             if key not in self._here:
-                self._here[key] = load_part(self.folder, part, dtype)
+                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype)
             if not self._users.get(key):
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1

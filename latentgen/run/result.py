@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from latentgen.pixels.save import save_image
 from latentgen.run.recipe import metadata
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from latentgen.run.plan import Plan
 
 
@@ -30,6 +32,7 @@ class Result:
         notes: what was adjusted, and why; empty when all was done as said.
         timings: seconds by stage ("text", "encode", "sample", "decode", "total").
         recipe: what reproduces the pictures, as plain data (see `latentgen.run.recipe`).
+        latents: (batch, c, h, w) float32 on the CPU: the state that was decoded, for another model to go on from (`denoising_end`).
     """
 
     images: tuple[Image.Image, ...]
@@ -37,6 +40,7 @@ class Result:
     notes: tuple[str, ...]
     timings: Mapping[str, float]
     recipe: Mapping[str, Any]
+    latents: Tensor = field(repr=False, compare=False)
 
     @property
     def image(self) -> Image.Image:

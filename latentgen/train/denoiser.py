@@ -1,12 +1,14 @@
 """glyph's denoiser: a small U-Net with cross-attention on cached latents and cached text states.
 
 v-prediction on a zero-terminal-SNR scaled-linear schedule (Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps Are Flawed"),
-so that the last level is pure noise and a pure white background can be learnt. Trained at 128 px first, then at 256 px from those weights.
+so that the last level is pure noise and a pure white background can be learnt. Trained at 128 px first; for 256 px the network grows an outer
+level (after Karras et al. 2018, "Progressive Growing of GANs"), so that the trained levels work on the grid they know and a step costs little more.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,33 @@ def new_unet(*, text_width: int = text_training.TEXT_WIDTH, sample_size: int = 3
         sample_size=sample_size, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(96, 192, 256), norm_num_groups=16,
         cross_attention_dim=text_width, attention_head_dim=32, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+
+
+OUTER = 48  # channels of the level that `grown` adds
+
+
+def grown(inner: nn.Module, *, channels: int = OUTER) -> nn.Module:
+    """The network for pictures of twice the side: `inner` with one more level of few channels and no attention around it.
+
+    A step costs about a third more than before, where running `inner` itself on four times the positions costs four times as much. What fits is
+    taken over; the new level, the first convolutions of the old one and the ends of the network start untrained.
+
+    Raises:
+        TrainingError: `channels` is not half of the outermost width, which the time embedding is taken over by.
+    """
+    from diffusers import UNet2DConditionModel
+
+    old = inner.config
+    if 2 * channels != old.block_out_channels[0]:
+        raise TrainingError(f"the new level has {channels} channels: expected {old.block_out_channels[0] // 2}, half of the outermost level's")
+    tensors = {re.sub(r"^down_blocks\.(\d+)", lambda m: f"down_blocks.{int(m[1]) + 1}", k): v for k, v in inner.state_dict().items()}
+    known = tensors.pop("time_embedding.linear_1.weight")  # cosines, then sines, of falling frequencies: half as many are every second one
+    unet = UNet2DConditionModel.from_config({**old, "sample_size": 2 * old.sample_size, "block_out_channels": (channels, *old.block_out_channels),
+        "time_embedding_dim": known.shape[0], "down_block_types": ("DownBlock2D", *old.down_block_types), "up_block_types": (*old.up_block_types, "UpBlock2D")})
+    fresh = unet.state_dict()
+    fits = {k: v for k, v in tensors.items() if k in fresh and fresh[k].shape == v.shape and not k.startswith("conv_")}
+    unet.load_state_dict(fits | {"time_embedding.linear_1.weight": known.unflatten(1, (-1, 2)).sum(-1)}, strict=False)
+    return unet
 
 
 def explicit_attention(unet: nn.Module) -> None:

@@ -113,18 +113,24 @@ def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threa
 
 
 def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: float = 6e-4, batch: int = 48, threads: int | None = None, vae: Path, text: Path,
-                   start: Path | None = None, decay: float = 0.3, core: bool = False) -> Path:
+                   start: Path | None = None, grow: bool = False, decay: float = 0.3, core: bool = False) -> Path:
     """Train the U-Net at one size; returns the folder of its weights.
 
     Args:
         size: 128, 256 (or more where the set was drawn larger): the side of the pictures in pixels.
         vae, text: run folders of the two other parts, or a finished checkpoint such as the shipped one.
         start: a folder of U-Net weights to start from where the run has no state yet.
+        grow: put a new outer level around those weights, for pictures of twice the side.
         decay: share of the budget over which the learning rate falls; 0 leaves it up for a following run.
         core: leave out skin tones and interface icons (a quarter less to encode before a short run).
+
+    Raises:
+        TrainingError: grow without weights to grow from.
     """
     from diffusers import AutoencoderTiny, UNet2DConditionModel
 
+    if grow and start is None:
+        raise TrainingError("grow puts a level around trained weights, but none were given: pass start (--start), the model/ of a smaller size's run")
     _threads(threads)
     reader = PictureSetReader(data)
     run.mkdir(parents=True, exist_ok=True)
@@ -137,6 +143,7 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
     cache = denoiser_training.Cache((latents.astype(np.float32) * scale).astype(np.float16), states, choices, denoiser_training.weights(reader, rows))
     torch.manual_seed(_seed(run))
     unet = denoiser_training.new_unet() if start is None else UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
+    unet = denoiser_training.grown(unet) if grow else unet
     denoiser_training.explicit_attention(unet)
     sheet = denoiser_training.sheet(autoencoder, encoder, text / "tokenizer", list(SHEET), size=size, scale=scale)
     ema = fit(unet.to(memory_format=torch.channels_last), denoiser_training.loss_function(), denoiser_training.batches(cache, batch=batch, seed=_seed(run)), run,

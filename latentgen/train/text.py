@@ -33,7 +33,7 @@ def train_tokenizer(lines: Sequence[str], folder: Path) -> None:
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    from latentgen.conditioning.encoders import CLIP_SPLIT
+    from latentgen.conditioning.vocabulary import CLIP_SPLIT
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -120,7 +120,7 @@ class TwoTowers(nn.Module):
 
 def tokens_of(lines: Sequence[str], folder: Path) -> np.ndarray:
     """(n, 32) int64 token ids: start, words, end, padded with end; longer captions are cut (training only)."""
-    from latentgen.conditioning.encoders import ClipTokens
+    from latentgen.conditioning.tokens import ClipTokens
 
     tokenizer = ClipTokens.read(folder)
     rows = np.full((len(lines), CONTEXT), tokenizer.end, np.int64)

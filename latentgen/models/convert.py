@@ -1,0 +1,317 @@
+"""Tensors of a file to the names that a module has. Knows prefixes, published converters and packed weights; names no family and builds no module.
+
+Every mapping here is lazy: a tensor is read when it is looked up, so one part of a large file costs that part alone. Renaming is done by functions of
+`diffusers.loaders.single_file_utils` that families name in `Part.original`; no other function is ever called.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from textwrap import shorten
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from latentgen.errors import ModelError
+from latentgen.models.family import Original, Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+INSISTS = {  # converter -> the prefix without which it takes nothing
+    "convert_ldm_unet_checkpoint": "model.diffusion_model.", "convert_ldm_clip_checkpoint": "cond_stage_model.transformer.",
+}
+SURPLUS = re.compile(r"^(loss|model_ema)\.|(^|\.)(position_ids|logit_scale)$|^norm_final\.weight$|^spiece_model$")  # in files, in no module
+MOVED = (("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."))  # where some autoencoders keep them
+MARKS = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$")
+SPELLINGS = (  # older names of module tensors, as (what stood there, what stands there now)
+    (r"^text_model\.", ""), (r"^", "text_model."),
+    (r"^visual\.", "model.visual."), (r"^model\.", "model.language_model."),
+    (r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."), (r"\.proj_attn\.", ".to_out.0."),
+)
+
+
+class _Named(Mapping[str, "Tensor"]):
+    """A mapping whose names are known before its tensors are."""
+
+    _names: dict[str, Any]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class LazyTensors(_Named):
+    """Safetensors files as one mapping: a look-up gives that tensor, memory-mapped (no copy, no read until it is used).
+
+    Raises:
+        ModelError: a file cannot be opened, or two hold the same name; a tensor cannot be read (on look-up).
+    """
+
+    def __init__(self, *paths: str | Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._errors, self._names = (OSError, SafetensorError), {}
+        for path in map(Path, paths):
+            try:
+                file = safe_open(str(path), framework="pt", device="cpu")
+                names = file.keys()
+            except self._errors as error:
+                raise ModelError(f"{path.name} cannot be read ({error}): get it again") from error
+            if twice := self._names.keys() & set(names):
+                raise ModelError(f"{path.name} holds {min(twice)!r}, which another of its shards holds too: get the shards of one checkpoint")
+            self._names |= dict.fromkeys(names, (path, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, file = self._names[name]
+        try:
+            return file.get_tensor(name)
+        except self._errors as error:
+            raise ModelError(f"the tensor {name!r} of {path.name} cannot be read ({error}): get the file again") from error
+
+
+def find_prefix(names: Collection[str], original: Original) -> str | None:
+    """The prefix under which a file with these names holds the part, None if it does not."""
+    for prefix in original.prefixes:
+        if (prefix + original.unique in names) if original.unique else any(name.startswith(prefix) for name in names):
+            return prefix
+    return None
+
+
+def unused_names(names: Collection[str], parts: Collection[Part]) -> tuple[str, ...]:
+    """Names in a file that no part of these takes: averages of training, schedules, losses."""
+    found = [find_prefix(names, part.original) for part in parts if part.original]
+    prefixes = tuple(prefix for prefix in found if prefix is not None)
+    taken = [next((p for p in prefixes if name.startswith(p)), None) for name in names]
+    return tuple(name for name, prefix in zip(names, taken, strict=True) if prefix is None or SURPLUS.search(name.removeprefix(prefix)))
+
+
+def part_tensors(tensors: Mapping[str, Tensor], part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The part's tensors out of an original single file, under the module's own names; only they are looked up.
+
+    Views stay views (a joined projection that is split still lies in the file's mapping). What the converter leaves out stays under its own name, so
+    that a strict load names it. Works on tensors of any device, "meta" included.
+
+    Raises:
+        ModelError: the file does not hold the part, lacks one of its tensors, or they do not fit the published layout.
+    """
+    if part.original is None:
+        raise ModelError(f"no original single-file layout is known for {part.name}: give a folder in diffusers layout, or a file in its names")
+    prefix = find_prefix(tensors.keys(), part.original)
+    if prefix is None:
+        wanted = part.original.prefixes[0] + part.original.unique
+        raise ModelError(f"the file holds no {part.name} (there is no {wanted!r}): give that part from its own file")
+    picked = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix) and not SURPLUS.search(name.removeprefix(prefix))}
+    for old, new in MOVED:
+        picked = {new + name.removeprefix(old) if name.startswith(old) else name: source for name, source in picked.items()}
+    chosen = {name: tensors[source] for name, source in picked.items()}
+    if part.original.convert:
+        chosen = _converted(chosen, part, config)
+    return _as_clip(chosen, config, projected="Projection" in part.cls) if part.cls.startswith("transformers.CLIPText") else chosen
+
+
+def _converted(tensors: dict[str, Tensor], part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Call the declared converter, which empties the dict that it is given."""
+    assert part.original is not None
+    name = part.original.convert
+    convert = _converter(name)
+    prefix = INSISTS.get(name, "")
+    given = {prefix + key: tensor for key, tensor in tensors.items()}
+    offered = {"checkpoint": given, "config": dict(config), "prefix": prefix, "remove_prefix": prefix or None,
+               "text_model": SimpleNamespace(config=SimpleNamespace(hidden_size=config.get("hidden_size")))}
+    trace = _trace(tensors)
+    try:
+        with trace:
+            made = convert(**{key: offered[key] for key in signature(convert).parameters if key in offered})
+    except KeyError as error:
+        raise ModelError(f"the {part.name} in this file lacks {error.args[0]!r}: the file is incomplete or of another kind, get it again") from error
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        what = shorten(str(error), 160)
+        raise ModelError(f"the tensors of the {part.name} do not fit their published layout ({what}): it is damaged or of another kind") from error
+    made = {key: tensor for key, tensor in made.items() if tensor is not None}  # converters fetch some names by .get
+    used = trace.sources(made.values())
+    return made | {key: tensor for key, tensor in tensors.items() if key not in used and key not in made}
+
+
+def _converter(name: str) -> Callable[..., dict[str, Tensor]]:
+    from diffusers.loaders import single_file_utils as published
+
+    function = getattr(published, name, None) if name.startswith("convert_") else None
+    if function is None or getattr(function, "__module__", "") != published.__name__:
+        raise ModelError(f"the installed diffusers has no converter {name!r}: install a newer diffusers")
+    return function
+
+
+def _trace(tensors: Mapping[str, Tensor]) -> Any:
+    """A context in which torch makes no needless copy and it is known which of the tensors each result came from."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Trace(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: dict[int, set[str]] = {}
+            self.kept = list(tensors.values())  # an id is only good while its owner lives
+            for name, tensor in tensors.items():
+                self.names.setdefault(id(tensor), set()).add(name)
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.cat and len(args[0]) == 1:
+                return args[0][0]
+            if function in (torch.Tensor.clone, torch.Tensor.detach):
+                return args[0]
+            if function is torch.split and not isinstance(args[1], int):  # sizes spelt out for the published width
+                args = (args[0], _in_proportion(args[1], args[0].shape[0]), *args[2:])
+            result = function(*args, **(kwargs or {}))
+            origin = set().union(*(self.names.get(id(a), set()) for a in _flat(args)))
+            for made in _flat(result):
+                if isinstance(made, torch.Tensor):
+                    self.kept.append(made)
+                    self.names[id(made)] = origin
+            return result
+
+        def sources(self, results: Collection[Tensor]) -> set[str]:
+            return set().union(*(self.names.get(id(tensor), set()) for tensor in results))
+
+    return Trace()
+
+
+def _flat(values: Any) -> list[Any]:
+    """Tensors in arguments or results, one level of nesting deep."""
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return [inner for value in values for inner in (value if isinstance(value, (tuple, list)) else (value,))]
+
+
+def _in_proportion(sizes: Sequence[int], rows: int) -> list[int]:
+    """Sizes that fill the rows in the same proportion; as given where they do already or cannot."""
+    whole = sum(sizes)
+    return [size * rows // whole for size in sizes] if all(size * rows % whole == 0 for size in sizes) else list(sizes)
+
+
+def _as_clip(tensors: dict[str, Tensor], config: Mapping[str, Any], *, projected: bool) -> dict[str, Tensor]:
+    """What a CLIP text class takes: no layer past those that its config counts, a projection only where it has one, and `text_model.` beside that."""
+    import torch
+
+    layers, width = config.get("num_hidden_layers"), config.get("hidden_size")
+    kept = {}
+    for name, tensor in tensors.items():
+        layer = re.match(r"(?:text_model\.)?encoder\.layers\.(\d+)\.", name)
+        past = layers is not None and layer is not None and int(layer[1]) >= layers
+        if past or (name.startswith("text_projection") and not projected):
+            log.debug("%s is in the file and of no use to this encoder", name)
+            continue
+        bare = name.removeprefix("text_model.")
+        kept[f"text_model.{bare}" if projected and not bare.startswith("text_projection") else bare] = tensor
+    if projected and kept and "text_projection.weight" not in kept and config.get("projection_dim") == width:
+        like = next(iter(kept.values()))  # files that leave the projection out mean the identity
+        kept["text_projection.weight"] = torch.eye(width, dtype=like.dtype, device=like.device)
+    return kept
+
+
+def as_module_names(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, str]:
+    """Older spellings of the names that a module wants (attention of autoencoders, `text_model.`, language models inside vision models).
+
+    Returns:
+        name in the module -> name in the file, for every tensor of the file but those that no module has; unknown names stand for themselves.
+    """
+    wanted = set(wanted)
+    found: dict[str, str] = {name: name for name in tensors if name in wanted}
+    for name in tensors:
+        if name in wanted or SURPLUS.search(name):
+            continue
+        newer = (re.sub(old, new, name) for old, new in SPELLINGS)
+        found[next((n for n in newer if n in wanted and n not in found), name)] = name
+    return found
+
+
+class _Dequantised(_Named):
+    """See `dequantised`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._tensors, self._dtype = tensors, dtype
+        self._scales: dict[str, str] = {}  # name of a weight -> name of its scale
+        for name in tensors:
+            stem = name.removesuffix("scale_weight") + "weight" if name.endswith(".scale_weight") else name.removesuffix("_scale")
+            if name.endswith((".scale_weight", ".weight_scale")) and stem in tensors:
+                self._scales[stem] = name
+        hidden = set(self._scales.values())
+        self._names = {name: None for name in tensors if name not in hidden and not MARKS.search(name)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        if name not in self._names:
+            raise KeyError(name)
+        tensor = self._tensors[name]
+        if name not in self._scales:
+            return tensor.to(self._dtype) if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        scale = self._tensors[self._scales[name]].to(torch.float32)
+        rows = scale.numel() == scale.shape[0] == tensor.shape[0] if scale.ndim else False
+        if tensor.dtype == torch.uint8 or not (scale.numel() == 1 or rows):
+            raise ModelError(f"{name!r} is packed as {tensor.dtype} with a scale of shape {tuple(scale.shape)}: expected 8-bit floats with one "
+                             "scale, or one for each row; get the file in another precision")
+        scale = scale.reshape(-1, *[1] * (tensor.ndim - 1)) if rows else scale.reshape(())
+        return (tensor.to(torch.float32) * scale).to(self._dtype)  # rounded once
+
+
+def dequantised(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The same tensors with 8-bit floats as `dtype`, multiplied by their scales (`X.scale_weight` or `X.weight_scale`); scales and marks are gone.
+
+    Each is computed when it is looked up and not kept. Tensors of 16 bits and more are passed on as they are.
+
+    Raises:
+        ModelError: on look-up, of a weight that is packed in another way (4 bits, scales of blocks).
+    """
+    return _Dequantised(tensors, dtype)
+
+
+class _Gguf(_Named):
+    """See `gguf_tensors`."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise ModelError(f'{path.name} is a GGUF file, which needs the gguf package: pip install "latentgen[gguf]"') from error
+        self._path, self._dtype, self._dequantise = path, dtype, gguf.quants.dequantize
+        try:
+            self._reader = gguf.GGUFReader(path, "c")  # private pages: torch takes no read-only memory
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise ModelError(f"{path.name} cannot be read as GGUF ({shorten(str(error), 120)}): get it again") from error
+        self._names = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        stored = self._names[name]
+        try:
+            values = self._dequantise(stored.data, stored.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            packed = stored.tensor_type.name
+            raise ModelError(f"{name!r} of {self._path.name} is packed as {packed}, not unpacked here: get Q4_0, Q5_0, Q8_0 or Q4_K") from error
+        shape = self._reader.get_field(f"comfy.gguf.orig_shape.{name}")  # for shapes that blocks of 32 or 256 do not divide
+        tensor = torch.from_numpy(values).to(self._dtype)
+        return tensor.reshape([int(size) for size in shape.contents()]) if shape else tensor
+
+
+def gguf_tensors(path: str | Path, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """The tensors of a GGUF file in torch's order of axes, unpacked to `dtype` when they are looked up.
+
+    The header has been checked before (`models.header`): the package's own reader is not made for files that mean harm.
+
+    Raises:
+        ModelError: the gguf package is not installed, the file cannot be read, or (on look-up) a tensor is packed in a way that it does not know.
+    """
+    return _Gguf(Path(path), dtype)

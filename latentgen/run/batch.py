@@ -1,0 +1,43 @@
+"""Conditionings as batches: repeated for several pictures, joined for several evaluations. Knows tensors' shapes and nothing of what they mean."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentgen.models.family import Conditioning
+
+
+def tensors(conditioning: Conditioning) -> list[Tensor]:
+    """All that a conditioning holds, for counting its bytes."""
+    return [t for t in (conditioning.tokens, conditioning.pooled, *conditioning.extra.values()) if t is not None]
+
+
+def repeated(c: Conditioning, count: int) -> Conditioning:
+    """A conditioning of batch 1 for `count` pictures, without a copy."""
+
+    def grow(t: Tensor) -> Tensor:
+        return t.expand(count, *t.shape[1:])
+
+    return Conditioning(grow(c.tokens), None if c.pooled is None else grow(c.pooled), {k: grow(v) for k, v in c.extra.items()})
+
+
+def joined(several: list[Conditioning]) -> Conditioning:
+    """Several conditionings as one batch."""
+    pooled = [c.pooled for c in several if c.pooled is not None]
+    extra = {name: torch.cat([c.extra[name] for c in several]) for name in several[0].extra}
+    return Conditioning(torch.cat([c.tokens for c in several]), torch.cat(pooled) if pooled else None, extra)
+
+
+def alike(several: list[Conditioning]) -> bool:
+    """Whether conditionings can be one batch: the same tensors of the same shapes."""
+    shapes = [(c.tokens.shape, None if c.pooled is None else c.pooled.shape, {name: t.shape for name, t in c.extra.items()}) for c in several]
+    return all(shape == shapes[0] for shape in shapes)
+
+
+def fingerprint(image: Image.Image) -> bytes:
+    """A hash of a picture's size and pixels."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
