@@ -170,6 +170,30 @@ def test_a_file_that_vanishes_after_opening(broken):
     refused(lambda: own.txt2img("a cat", **ONE), "broken/unet has no weights any more", kind=ModelError)
 
 
+def test_a_pickle_of_tensors_is_read_when_asked_for(broken, tiny_folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(only(broken, "unet"))
+    only(broken, "unet").unlink()
+    torch.save(tensors, broken / "unet" / "diffusion_pytorch_model.bin")
+    refused(lambda: load(broken), "a pickle, which can run code", "allow_pickle=True", kind=ModelError)
+    made, same = (load(folder, **said).txt2img("a cat", **ONE) for folder, said in ((broken, {"allow_pickle": True}), (tiny_folder, {})))
+    assert made.image.tobytes() == same.image.tobytes()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch evil",))
+
+
+def test_a_pickle_of_anything_else_is_refused_even_then(broken, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    only(broken, "unet").unlink()
+    torch.save({"state_dict": Evil()}, broken / "unet" / "diffusion_pytorch_model.bin")
+    refused(lambda: load(broken, allow_pickle=True), "holds more than tensors", kind=ModelError)
+    assert not (tmp_path / "evil").exists()
+
+
 def test_a_folder_name_never_runs_code(broken, tmp_path):
     """The class comes from the family's declaration: what a folder says about classes and modules is not run, and another class is refused."""
     (broken / "model_index.json").write_text(json.dumps({"_class_name": "Evil", "unet": ["os", "system"]}))

@@ -23,10 +23,10 @@ def test_lazy_tensors_are_those_of_the_files(tmp_path: Path) -> None:
     assert torch.equal(both["a"], torch.arange(4.0)) and both["b"].dtype == torch.float16
     with pytest.raises(KeyError):
         both["c"]
-    with pytest.raises(ModelError, match="1.safetensors holds 'a', which another"):
+    with pytest.raises(ModelError, match="the tensor 'a' is in .*1.safetensors and in another"):
         LazyTensors(tmp_path / "1.safetensors", tmp_path / "1.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"<html>")
-    with pytest.raises(ModelError, match="bad.safetensors cannot be read"):
+    with pytest.raises(ModelError, match="bad.safetensors"):
         LazyTensors(tmp_path / "bad.safetensors")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from latentgen.errors import TrainingError
-from latentgen.train import denoiser, text, vae
+from latentgen.train import denoiser, stages, text, vae
 from latentgen.train.captions import HeldOut, Icon, _segment, natural
 from latentgen.train.data import PictureSetReader, _recolours, _without_faults
 from latentgen.train.draw import draw, svg_of
@@ -256,3 +256,26 @@ def test_denoiser_cache_batches_and_loss(tmp_path: Path, tiny_folder: Path) -> N
     assert terms["loss"].item() > 0 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
     sheet = denoiser.sheet(autoencoder, encoder, tiny_folder / "tokenizer", ["a"] * 6, size=32, scale=1.0)(unet)
     assert sheet.size == (192, 32)
+
+
+def test_a_grown_denoiser_keeps_what_it_learnt() -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = {"layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 4, "sample_size": 8}
+    inner = UNet2DConditionModel(block_out_channels=(16, 32), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **config)
+    unet = denoiser.grown(inner, channels=8)
+    assert unet.config.block_out_channels == (8, 16, 32) and unet.config.sample_size == 16
+    assert unet(torch.randn(2, 4, 16, 16), 5, torch.randn(2, 7, 16)).sample.shape == (2, 4, 16, 16)
+    old, new = inner.state_dict(), unet.state_dict()
+    assert torch.equal(new["down_blocks.2.attentions.0.proj_in.weight"], old["down_blocks.1.attentions.0.proj_in.weight"])
+    assert torch.equal(new["up_blocks.0.resnets.0.conv1.weight"], old["up_blocks.0.resnets.0.conv1.weight"])
+    t = torch.tensor([3.0, 900.0])
+    coarse = unet.time_embedding.linear_1(unet.time_proj(t)) - inner.time_embedding.linear_1(inner.time_proj(t))
+    assert coarse.abs().mean() < inner.time_embedding.linear_1(inner.time_proj(t)).abs().mean()  # nearly the time that it was told before
+    with pytest.raises(TrainingError, match="expected 8, half of the outermost"):
+        denoiser.grown(inner, channels=16)
+
+
+def test_growing_needs_weights(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="pass start"):
+        stages.train_denoiser(tmp_path, tmp_path, size=256, minutes=1, vae=tmp_path, text=tmp_path, grow=True)

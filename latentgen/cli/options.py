@@ -110,6 +110,7 @@ MACHINE: Group = (
     _option(_M, "card", str | None, "--card", "A card whose defaults hold for a file that does not tell what it is, as sdxl-turbo.", metavar="NAME"),
     _option(_M, "config", str | None, "--config", "Configs for a file: a published variant, or a folder in diffusers layout.", metavar="NAME"),
     _option(_M, "part", list[str] | None, "--part", "A part from a file of its own, as vae=my-vae.safetensors; may be said several times.", metavar="NAME=FILE"),
+    _option(_M, "allow_pickle", bool, "--allow-pickle", "Read .ckpt, .bin and .pt files, too: their tensors alone. Only of makers whom you trust.", default=False),
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
     _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).",
@@ -132,7 +133,7 @@ def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
         if not (name.isidentifier() and path):
             raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
         parts[name] = path
-    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config")}
+    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config", "allow_pickle")}
     return load(said.pop("model"), progress=progress, **machine, **parts)
 
 

@@ -34,6 +34,7 @@ class TokenizerSpec:
         length: ids in one chunk, everything counted; None takes the tokenizer file's own model_max_length.
         pad: the padding token where the tokenizer's own files name none, as the packaged one and a lone tokenizer.json do.
         padded: fill up to `length`; else a chunk is as long as its text. CLIP's chunks are always filled up.
+        left: padding stands before the text where the tokenizer's own files do not say on which side.
         before, after: texts with special tokens that a chat encoder reads around the prompt.
         lower: the text is put in lower case and stripped first, where the tokenizer does not do it.
     """
@@ -42,6 +43,7 @@ class TokenizerSpec:
     length: int | None = None
     pad: str | None = None
     padded: bool = True
+    left: bool = False
     before: str = ""
     after: str = ""
     lower: bool = False
@@ -158,7 +160,7 @@ class T5Tokens(_Read):
 
     @classmethod
     def read(cls, place: Path, *, spec: TokenizerSpec, name: str = "tokenizer") -> T5Tokens:
-        """Read tokenizer.json, from its folder or by its own name.
+        """Read tokenizer.json or spiece.model, from its folder or by its own name.
 
         Raises:
             ModelError: missing, damaged, or of another kind.
@@ -172,7 +174,7 @@ class T5Tokens(_Read):
                 raise ModelError(f"{name} has no token {token!r}, which this model reads: {OTHER}")
         return cls(inner=vocabulary.own_rules(found, name=name), names={i: token for token, i in found.special.items()},
                    length=_length(found, spec, name, 1), opening=0, closing=1, pad=pieces[pad], size=found.size, padded=spec.padded,
-                   left=_left(found), lower=spec.lower, end=pieces["</s>"])
+                   left=_left(found, spec), lower=spec.lower, end=pieces["</s>"])
 
     def chunks(self, text: str) -> list[list[int]]:
         """One chunk: the words and </s>."""
@@ -215,7 +217,7 @@ class ChatTokens(_Read):
         pad = found.named("pad_token") or spec.pad or END
         return cls(inner=inner, names={i: token for token, i in found.special.items()}, length=_length(found, spec, name, opening + closing),
                    opening=opening, closing=closing, pad=_required(found, pad, name) if spec.padded else found.id(pad) or 0, size=found.size,
-                   padded=spec.padded, left=_left(found), lower=spec.lower, before=around[0], lead=str(lead), tail=str(tail), after=around[1])
+                   padded=spec.padded, left=_left(found, spec), lower=spec.lower, before=around[0], lead=str(lead), tail=str(tail), after=around[1])
 
     def chunks(self, text: str) -> list[list[int]]:
         """One chunk: the prompt within its template."""
@@ -233,7 +235,8 @@ def read_tokens(spec: TokenizerSpec, place: Path | None, *, name: str = "tokeniz
         ModelError: a file is missing, damaged or of another kind, or there is none where one is needed.
     """
     if place is None and spec.kind != "clip":
-        raise ModelError(f"no {name} is given, and this model needs a tokenizer of its own (tokenizer.json): name it with {name}=PATH")
+        files = "tokenizer.json or spiece.model" if spec.kind == "t5" else "tokenizer.json"
+        raise ModelError(f"no {name} is given, and this model needs a tokenizer of its own ({files}): name it with {name}=PATH")
     if place is None:
         return ClipTokens._of(vocabulary.packaged_clip(), spec, name, pad=spec.pad or END, inner=vocabulary.packaged_rules())
     kinds: dict[str, type[ClipTokens] | type[T5Tokens] | type[ChatTokens]] = {"clip": ClipTokens, "t5": T5Tokens, "chat": ChatTokens}
@@ -279,8 +282,9 @@ def _length(found: Vocabulary, spec: TokenizerSpec, name: str, around: int) -> i
     return int(length)
 
 
-def _left(found: Vocabulary) -> bool:
-    return found.settings.get("padding_side") == "left"
+def _left(found: Vocabulary, spec: TokenizerSpec) -> bool:
+    side = found.settings.get("padding_side")
+    return spec.left if side is None else side == "left"
 
 
 def _named(name: str, place: Path) -> str:

@@ -2,7 +2,7 @@
 
 Knows the files' layouts; knows no chunks, templates or prompts.
 
-Two layouts are read: tokenizer.json (as `tokenizers` writes it), or vocab.json with merges.txt. Beside either, tokenizer_config.json,
+Three layouts are read: tokenizer.json (as `tokenizers` writes it), vocab.json with merges.txt, or spiece.model. Beside each, tokenizer_config.json,
 special_tokens_map.json and added_tokens.json say what the special tokens are; where they disagree, transformers' order is kept.
 """
 
@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentgen.conditioning.spiece import read_spiece
 from latentgen.errors import ModelError
 
 if TYPE_CHECKING:
@@ -89,14 +90,14 @@ def packaged_clip() -> Vocabulary:
 
 
 def read_vocabulary(place: Path, *, name: str = "tokenizer") -> Vocabulary:
-    """Read a tokenizer's folder, or its tokenizer.json.
+    """Read a tokenizer's folder, or its tokenizer.json or spiece.model.
 
     Args:
-        place: a folder, or a file laid out as tokenizer.json, whatever its name.
+        place: a folder, or a file laid out as tokenizer.json, whatever its name, or a SentencePiece file NAME.model.
         name: how messages call the tokenizer.
 
     Raises:
-        ModelError: nothing there, larger than 64 MB, damaged, or a layout that is not read (spiece.model).
+        ModelError: nothing there, larger than 64 MB, damaged, or a layout that is not read.
     """
     if not place.exists():
         raise ModelError(f"{name} is {place.name!r}, which does not exist: name a folder with tokenizer.json, or that file")
@@ -104,13 +105,13 @@ def read_vocabulary(place: Path, *, name: str = "tokenizer") -> Vocabulary:
     try:
         whole_file = folder / "tokenizer.json" if place.is_dir() else place
         pair = place.is_dir() and not whole_file.exists() and _has(folder, "vocab.json")
-        if place.suffix == ".model" or (not whole_file.exists() and not pair and _has(folder, "spiece.model")):
-            raise ModelError(f"{name} in {place.name!r} is a SentencePiece file (spiece.model), which is not read: put tokenizer.json beside it, "
-                             "which transformers writes with T5TokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER)")
-        beside = place.is_dir() or place.name == "tokenizer.json"  # a file of another name may lie among strangers
+        if place.is_dir() and not pair and not whole_file.exists() and _has(folder, "spiece.model"):
+            whole_file = folder / "spiece.model"
+        beside = place.is_dir() or place.name in ("tokenizer.json", "spiece.model")  # a file of another name may lie among strangers
         settings = _settings(folder) if beside else {}
         extra = _added(folder, settings) if beside else {}
-        whole: dict[str, Any] = {} if pair else _json(whole_file)
+        pieces = not pair and whole_file.suffix == ".model"
+        whole: dict[str, Any] = {} if pair else read_spiece(_bytes(whole_file), sentinels=settings.get("extra_ids", 100)) if pieces else _json(whole_file)
         model = whole.get("model")
         if pair:
             merges = [line for line in _text(folder / "merges.txt").split("\n") if line.strip() and not line.startswith("#version")]
@@ -120,8 +121,8 @@ def read_vocabulary(place: Path, *, name: str = "tokenizer") -> Vocabulary:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise ModelError(f"{name} in {place.name!r} cannot be read ({why:.200}): it needs tokenizer.json, or vocab.json and merges.txt with "
-                         "tokenizer_config.json, so copy them again") from error
+        raise ModelError(f"{name} in {place.name!r} cannot be read ({why:.200}): it needs tokenizer.json, spiece.model, or vocab.json and merges.txt "
+                         "with tokenizer_config.json, so copy them again") from error
 
 
 @lru_cache
@@ -201,7 +202,8 @@ def _checked(model: Any, whole: Mapping[str, Any], extra: Mapping[str, int], set
     merges = tuple((a, b) for a, b in (m.split(" ") if isinstance(m, str) else m for m in model.get("merges", ())))
     glued = frozenset(str(token["content"]) for token in added if token.get("lstrip") or token.get("rstrip") or token.get("single_word"))
     padding = whole.get("padding") or {}
-    said = {"pad_token": padding.get("pad_token"), "padding_side": str(padding.get("direction", "right")).lower()}
+    side = padding.get("direction")
+    said = {"pad_token": padding.get("pad_token"), "padding_side": None if side is None else str(side).lower()}
     return Vocabulary(kind, vocab, merges, special, glued, said | {key: value for key, value in settings.items() if value is not None}, whole)
 
 
@@ -225,11 +227,15 @@ def _has(folder: Path, name: str) -> bool:
 
 
 def _text(path: Path) -> str:
+    return _bytes(path).decode("utf-8").replace("\r\n", "\n")
+
+
+def _bytes(path: Path) -> bytes:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"{path.name} has {size / 2**20:.0f} MB, and at most {MOST_BYTES // 2**20} are read")
-    return path.read_text("utf-8")
+    return path.read_bytes()
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def shifted(s: float, shift: float) -> float:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offset: int = 0) -> tuple[Level, ...]:
+def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offset: int = 0, terminal: float = 0.0) -> tuple[Level, ...]:
     """The steps + 1 levels of a run, noisiest first; the last is clean (alpha = 1, sigma = 0).
 
     With T = path.train_steps, on a table (`VariancePreserving`) all of these are whole timesteps, as in Lin et al. 2023, table 2:
@@ -60,7 +60,8 @@ def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offse
       simple       as trailing, rounded towards noise (ComfyUI's "simple")
     On a continuous path timestep t is position (t + 1) / T and nothing is rounded: trailing and simple are s = 1 - i / steps
     (FLUX), and linspace is s = 1 ... 1/T (Stable Diffusion 3). There `shift` bends s through `shifted`; linspace's lower end is
-    shifted before it is spaced, and so twice in all, as diffusers does.
+    shifted before it is spaced, and so twice in all, as diffusers does. A `terminal` above 0 then stretches the distances from
+    s = 1 so that the last level before the clean one lies there (as LTX-Video's schedule does).
       karras       sigma / alpha from that of s = 1 to that of s = 1/T, evenly in its 7th root (Karras et al. 2022, eq. 5)
       exponential  the same ends, evenly in its logarithm
     Where s = 1 has alpha = 0, sigma / alpha is infinite: the two ramps are then laid from one training step below
@@ -73,7 +74,8 @@ def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offse
         return (*_ramp(name, path, steps), path.at(0.0))
     if isinstance(path, VariancePreserving):
         return (*(path.at_time(t) for t in _timesteps(name, path.train_steps, steps, offset)), path.at(0.0))
-    return (*(path.at(shifted(s, shift)) for s in _positions(name, path.train_steps, steps, shift, offset)), path.at(0.0))
+    positions = [shifted(s, shift) for s in _positions(name, path.train_steps, steps, shift, offset)]
+    return (*(path.at(s) for s in _stretched(positions, terminal)), path.at(0.0))
 
 
 def _timesteps(name: str, train_steps: int, steps: int, offset: int) -> list[int]:
@@ -95,6 +97,12 @@ def _positions(name: str, train_steps: int, steps: int, shift: float, offset: in
     if name == "leading":
         return [(t + 1) / train_steps for t in _timesteps(name, train_steps, steps, offset)]
     return [1 - i / steps for i in range(steps)]
+
+
+def _stretched(positions: list[float], terminal: float) -> list[float]:
+    """Positions that fall from 1, their distances from 1 scaled so that the last is `terminal`; as they are for 0, or where all are 1."""
+    reach = 1 - positions[-1]
+    return positions if not terminal or reach <= 0 else [1 - (1 - s) * ((1 - terminal) / reach) for s in positions]
 
 
 def _ramp(name: str, path: NoisePath, steps: int) -> list[Level]:

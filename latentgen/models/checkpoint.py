@@ -18,8 +18,7 @@ from latentgen.models.card import Card, families, family_file, find_card, publis
 from latentgen.models.convert import find_prefix
 from latentgen.models.family import Config, Family, FamilyFile, Model, Part
 from latentgen.models.load import Source, check_config, check_fit, digest, part_config, weights_files
-
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+from latentgen.models.pickles import refuse_pickle
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Checkpoint:
         variant: the published variant that it is, "" where it fits none.
         sources: part name -> where it comes from.
         tokenizers: tokenizer name -> tokenizer.
+        notes: what the files did not tell, and what was taken for it.
     """
 
     card: Card
@@ -39,6 +39,7 @@ class Checkpoint:
     variant: str
     sources: Mapping[str, Source]
     tokenizers: Mapping[str, Tokens] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -66,7 +67,8 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path | None = None, *, card: str | None = None, config: str | Path | None = None,
-                    parts: Mapping[str, str | Path] | None = None, report: Callable[[int, int, str], object] | None = None) -> Checkpoint:
+                    parts: Mapping[str, str | Path] | None = None, allow_pickle: bool = False,
+                    report: Callable[[int, int, str], object] | None = None) -> Checkpoint:
     """Find out what a checkpoint is and where its parts lie; reads configs and headers.
 
     Args:
@@ -74,6 +76,7 @@ def open_checkpoint(source: str | Path | None = None, *, card: str | None = None
         card: a card whose family, configs and defaults hold where the files do not tell ("sdxl-turbo" for a file that looks like any SDXL).
         config: configs for a single file: a published variant, or a folder in diffusers layout (its weights are not read).
         parts: part or tokenizer name -> file or folder; "denoiser" stands for the part of that stage.
+        allow_pickle: read .ckpt, .bin and .pt files, too: their tensors alone, by torch's restricted unpickler.
         report: told (bytes done, bytes in all, file) of a download; what it raises stops it.
 
     Raises:
@@ -84,8 +87,8 @@ def open_checkpoint(source: str | Path | None = None, *, card: str | None = None
         source = said["denoiser"]
     as_card = None if card is None else find_card(card)
     own, place = _locate(source, report)
-    found = _from_folder(place, own or as_card) if place.is_dir() else _from_file(place, own or as_card, config)
-    return _assembled(found, as_card or own or Card(name=place.stem if place.is_file() else place.name, family=found.family, folder=place), said)
+    found = _from_folder(place, own or as_card, allow_pickle) if place.is_dir() else _from_file(place, own or as_card, config, allow_pickle)
+    return _assembled(found, as_card or own or Card(name=place.stem if place.is_file() else place.name, family=found.family, folder=place), said, allow_pickle)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class _Found:
     sources: dict[str, Source]
     tokenizers: dict[str, Path]
     label: str
+    notes: tuple[str, ...] = ()
     scheduled: bool = True  # with a scheduler config of its own, which decides spacing, offset and shift
 
 
@@ -125,10 +129,10 @@ def _locate(source: str | Path | None, report: Callable[[int, int, str], object]
     return card, hub.fetch_pipeline(snapshot, progress=report)
 
 
-def _from_folder(folder: Path, card: Card | None) -> _Found:
+def _from_folder(folder: Path, card: Card | None, allow_pickle: bool) -> _Found:
     """A diffusers layout: parts in folders of their own, each with a config.json."""
     index = part_config(folder, "model_index.json") if (folder / "model_index.json").is_file() else {}
-    family, variant = (card.family, card.variant) if card else _family_of_folder(folder, index)
+    family, variant = (card.family, card.variant) if card else _family_of_folder(folder, index, allow_pickle)
     parts = family_file(family).PARTS
     root = folder.parent.parent if folder.parent.name == "snapshots" else folder  # the hub's cache keeps files beside its snapshots, and links to them
     here = [p for p in parts if (folder / p.name).is_dir() and index.get(p.name, [1, 1])[0] is not None]
@@ -137,21 +141,23 @@ def _from_folder(folder: Path, card: Card | None) -> _Found:
         check_config(config, f"{folder.name}/{name}")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     configs |= {"model_index": index, "scheduler": part_config(scheduler.parent, scheduler.name) if scheduler.is_file() else {}}
-    sources = {p.name: Source(f"{folder.name}/{p.name}", weights_files(folder / p.name, root=root), configs[p.name]) for p in here}
+    sources = {p.name: Source(f"{folder.name}/{p.name}", weights_files(folder / p.name, root=root, allow_pickle=allow_pickle), configs[p.name]) for p in here}
     tokenizers = {p.name: p for p in sorted(folder.glob("*token*")) if p.is_dir()} | {p.name: p for p in sorted(folder.glob("processor")) if p.is_dir()}
     return _Found(family, variant, configs, sources, tokenizers, folder.name)
 
 
-def _family_of_folder(folder: Path, index: Config) -> tuple[str, str]:
+def _family_of_folder(folder: Path, index: Config, allow_pickle: bool) -> tuple[str, str]:
     """Family and variant of a folder without a card: by its denoiser's tensors, else by the pipeline class that its index names."""
     from latentgen.models.identify import identify
+    from latentgen.models.inspect import folder_variant
 
     for name in ("unet", "transformer"):
         if (folder / name).is_dir():
-            source = Source(f"{folder.name}/{name}", weights_files(folder / name, root=folder.parent.parent if folder.parent.name == "snapshots" else folder), {})
+            root = folder.parent.parent if folder.parent.name == "snapshots" else folder
+            source = Source(f"{folder.name}/{name}", weights_files(folder / name, root=root, allow_pickle=allow_pickle), {})
             found = identify({k: t.shape for h in source.headers() for k, t in h.tensors.items()})
             if found is not None:
-                return found.family, found.variant
+                return found.family, folder_variant("", found, index)[0]
     said = index.get("_class_name")
     fitting = [name for name in families() if said in family_file(name).INDEX]
     if fitting:
@@ -160,12 +166,13 @@ def _family_of_folder(folder: Path, index: Config) -> tuple[str, str]:
     raise ModelError(f"the folder {folder.name!r} is of no family that this version knows ({what}): add a card.toml that names its family, one of {', '.join(families())}")
 
 
-def _from_file(path: Path, card: Card | None, config: str | Path | None) -> _Found:
+def _from_file(path: Path, card: Card | None, config: str | Path | None, allow_pickle: bool) -> _Found:
     """A single file: the denoiser, and whatever lies beside it."""
     from latentgen.models.identify import identify
-    from latentgen.models.inspect import inspect
+    from latentgen.models.inspect import inspect, said_prediction, told_variant
 
-    _refuse_pickle(path)
+    if not allow_pickle:
+        refuse_pickle(path)
     headers = Source(path.name, (path,), {}).headers()
     shapes = {name: t.shape for h in headers for name, t in h.tensors.items()}
     found = identify(shapes)
@@ -173,13 +180,16 @@ def _from_file(path: Path, card: Card | None, config: str | Path | None) -> _Fou
     if found is None and given is None:
         raise ModelError(f"{path.name} is {inspect(path).what}: expected a checkpoint or a denoiser of one of {', '.join(families())}; "
                          "`latentgen inspect` tells more, config= names configs for one of an unusual size")
+    notes: tuple[str, ...] = ()
     if given is not None:
         whole = _from_folder_configs(given)
         family, variant, configs, tokenizers = whole.family, whole.variant, whole.configs, whole.tokenizers
     else:
         assert found is not None
         family, tokenizers = found.family, {}
-        variant = str(config) if config is not None else card.variant if card and card.variant else found.variant
+        variant, notes = told_variant(found, said_prediction(shapes, headers[0].metadata))
+        if config is not None or (card and card.variant):
+            variant, notes = str(config) if config is not None else card.variant if card else "", ()
         configs = _published_configs(variant)
         if card is not None and card.family != family:
             raise ModelError(f"{path.name} is of the family {family} but the card {card.name!r} is of {card.family}: leave card= out, or give the file that it is for")
@@ -191,7 +201,7 @@ def _from_file(path: Path, card: Card | None, config: str | Path | None) -> _Fou
             sources[part.name] = Source(path.name, (path,), configs[part.name])
         elif part.original is not None and find_prefix(shapes, part.original) is not None:
             sources[part.name] = Source(f"{path.name} ({part.name})", (path,), configs[part.name], original=True)
-    return _Found(family, variant, configs, sources, tokenizers, path.name, scheduled=given is not None)
+    return _Found(family, variant, configs, sources, tokenizers, path.name, notes, scheduled=given is not None)
 
 
 def _from_folder_configs(folder: Path) -> _Found:
@@ -214,7 +224,7 @@ def _published_configs(variant: str) -> dict[str, Config]:
             "defaults": known.get("defaults", {})}
 
 
-def _assembled(found: _Found, card: Card, said: dict[str, str | Path]) -> Checkpoint:
+def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pickle: bool) -> Checkpoint:
     """Parts and tokenizers that were named laid over what was found; the family built; what is missing named."""
     file = family_file(found.family)
     sources, places, configs = dict(found.sources), dict(found.tokenizers), dict(found.configs)
@@ -225,14 +235,16 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path]) -> Checkp
         if part is None:
             places[name] = _there(path, name)
         elif not (name == "denoiser" and part.name in sources):
-            sources[part.name] = _part_source(_there(path, name), part, configs.get(part.name))
+            sources[part.name] = _part_source(_there(path, name), part, configs.get(part.name), allow_pickle)
             configs[part.name] = sources[part.name].config
     for part in file.PARTS:
         if part.name not in sources:
             configs.pop(part.name, None)
     built = file.build(Model(found.variant, configs))
     decided = ("width", "height", "spacing", "offset", "shift", "sampler") if found.scheduled else ()
-    said_defaults = {k: v for k, v in configs.get("defaults", {}).items() if k not in decided}
+    index, published_index = configs.get("model_index", {}), _published_configs(found.variant)["model_index"] if found.variant else {}
+    other = bool(index) and any(index.get(k) != v for k, v in published_index.items())  # same tensors, but its own index says that it is run otherwise
+    said_defaults = {} if other else {k: v for k, v in configs.get("defaults", {}).items() if k not in decided}
     family = card.laid_over(replace(built, defaults=replace(built.defaults, **said_defaults)))
     missing = [p.name for p in family.parts if p.name not in sources]
     if missing:
@@ -245,7 +257,7 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path]) -> Checkp
         words = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
         if isinstance(words, int) and tokens.size > words:
             raise ModelError(f"the {name} of {found.label} has {tokens.size:,} tokens but {encoder} knows {words:,}: give the tokenizer that belongs to it")
-    return Checkpoint(card, family, found.variant, sources, tokenizers)
+    return Checkpoint(card, family, found.variant, sources, tokenizers, found.notes)
 
 
 def _pad(configs: Mapping[str, Config], tokenizer: str) -> str | None:
@@ -270,21 +282,17 @@ def _there(path: str | Path, name: str) -> Path:
     return place
 
 
-def _part_source(place: Path, part: Part, config: Config | None) -> Source:
+def _part_source(place: Path, part: Part, config: Config | None, allow_pickle: bool) -> Source:
     """A part from a file or folder of its own; its config from that folder, else the published one."""
     if place.is_dir():
-        return Source(f"{place.parent.name}/{place.name}", weights_files(place), part_config(place))
-    _refuse_pickle(place)
+        return Source(f"{place.parent.name}/{place.name}", weights_files(place, allow_pickle=allow_pickle), part_config(place))
+    if not allow_pickle:
+        refuse_pickle(place)
     if config is None:
         raise ModelError(f"{place.name} is given as {part.name}, whose config is not known: put it into a folder with its config.json and name that")
     source = Source(place.name, (place,), config)
     names = {name for h in source.headers() for name in h.tensors}
     return replace(source, original=part.original is not None and find_prefix(names, part.original) is not None)
-
-
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix.lower() in PICKLES:
-        raise ModelError(f"{path.name} is a pickle, which can run code when it is opened: get it as .safetensors, or convert it with a tool that you trust")
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

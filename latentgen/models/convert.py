@@ -7,6 +7,7 @@ Every mapping here is lazy: a tensor is read when it is looked up, so one part o
 from __future__ import annotations
 
 import logging
+import mmap
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import ModelError
 from latentgen.models.family import Original, Part
+from latentgen.models.header import TensorInfo, read_header, where
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64",
+          "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 INSISTS = {  # converter -> the prefix without which it takes nothing
     "convert_ldm_unet_checkpoint": "model.diffusion_model.", "convert_ldm_clip_checkpoint": "cond_stage_model.transformer.",
 }
@@ -54,32 +58,48 @@ class _Named(Mapping[str, "Tensor"]):
 
 
 class LazyTensors(_Named):
-    """Safetensors files as one mapping: a look-up gives that tensor, memory-mapped (no copy, no read until it is used).
+    """Safetensors files (one, or the shards of one part) as a mapping: a look-up gives that tensor, memory-mapped; nothing is read until it is used.
 
     Raises:
-        ModelError: a file cannot be opened, or two hold the same name; a tensor cannot be read (on look-up).
+        ModelError: a file cannot be opened, its header is damaged, or a tensor is in two files.
     """
 
     def __init__(self, *paths: str | Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._errors, self._names = (OSError, SafetensorError), {}
-        for path in map(Path, paths):
-            try:
-                file = safe_open(str(path), framework="pt", device="cpu")
-                names = file.keys()
-            except self._errors as error:
-                raise ModelError(f"{path.name} cannot be read ({error}): get it again") from error
-            if twice := self._names.keys() & set(names):
-                raise ModelError(f"{path.name} holds {min(twice)!r}, which another of its shards holds too: get the shards of one checkpoint")
-            self._names |= dict.fromkeys(names, (path, file))
+        self._names: dict[str, tuple[mmap.mmap, TensorInfo]] = {}
+        self._maps: list[mmap.mmap] = []
+        for path in paths:
+            header = read_header(path)
+            with open(path, "rb") as file:
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # private pages: torch wants a buffer that could be written
+            if twice := next((name for name in header.tensors if name in self._names), None):
+                raise ModelError(f"the tensor {twice!r} is in {where(Path(path))} and in another shard: get the shards again, all of one version")
+            self._names |= {name: (self._maps[-1], info) for name, info in header.tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        path, file = self._names[name]
-        try:
-            return file.get_tensor(name)
-        except self._errors as error:
-            raise ModelError(f"the tensor {name!r} of {path.name} cannot be read ({error}): get the file again") from error
+        import torch
+
+        memory, info = self._names[name]
+        dtype = getattr(torch, DTYPES.get(info.dtype, ""), None)
+        if dtype is None:
+            raise ModelError(f"the tensor {name!r} is of type {info.dtype}, which is not read: get the file in another precision")
+        if info.start == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        return torch.frombuffer(memory, dtype=torch.uint8, count=info.end - info.start, offset=info.start).view(dtype).reshape(info.shape)
+
+    def release(self, tensor: Tensor) -> None:
+        """Tell the system that a tensor of these files was copied: its pages may leave memory (they would be read again). Others are left alone."""
+        import torch
+
+        if not hasattr(mmap, "MADV_DONTNEED") or not tensor.numel():
+            return
+        first = tensor.data_ptr()
+        last = first + (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+        for memory in self._maps:
+            base = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+            if base <= first and last <= base + len(memory):
+                start, end = -(-(first - base) // mmap.PAGESIZE) * mmap.PAGESIZE, (last - base) // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > start:
+                    memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def find_prefix(names: Collection[str], original: Original) -> str | None:

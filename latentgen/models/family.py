@@ -196,6 +196,7 @@ class Family:
             network, and CFG beside it where `true_cfg_scale` asks for it) or "none".
         combine: None for plain guidance, else (x, level, x0 with the words, x0 with the negative ones, scale) -> x0.
         shift: None, or (width, height, steps) -> shift of the levels where the request says none.
+        terminal: where the last level before the clean one lies on the path; shifted levels are stretched to it. 0 leaves them.
         task: what this checkpoint was made for: "any"; "inpaint" if its network takes mask and picture itself (`masked` is then not used, and without
             a picture it sees an empty one); "edit" if it needs `reference`.
         references: how many pictures `reference` may hold, 0 for none.
@@ -217,6 +218,7 @@ class Family:
     guidance: Literal["cfg", "image", "embedded", "none"] = "cfg"
     combine: Callable[[Tensor, Level, Tensor, Tensor, float], Tensor] | None = None
     shift: Callable[[int, int, int], float] | None = None
+    terminal: float = 0.0
     task: Literal["any", "inpaint", "edit"] = "any"
     references: int = 0
     reads_pictures: bool = False

@@ -179,7 +179,7 @@ def _of_kind(report: Report, kind: Kind, predicted: str | None) -> Report:
 
 def _denoiser(report: Report, found: Identified, shapes: Mapping[str, tuple[int, ...]], said: str | None) -> Report:
     """A single file with a denoiser, alone or with other parts beside it."""
-    variant, notes = _variant(found, said)
+    variant, notes = told_variant(found, said)
     family = built(found.family, variant)
     parts = family.parts if family else parts_of(found.family, variant)
     present = tuple(p for p in parts if "denoiser" in p.stages or (found.layout == "original" and _lies_in(shapes, p)))
@@ -196,7 +196,7 @@ def _lies_in(names: Collection[str], part: Part) -> bool:
     return bool(found) or (found == "" and bool(part.original and part.original.unique))  # "" and no name of its own would be any file
 
 
-def _variant(found: Identified, said: str | None) -> tuple[str, tuple[str, ...]]:
+def told_variant(found: Identified, said: str | None) -> tuple[str, tuple[str, ...]]:
     """The variant, by what the file says where tensors do not tell; a note where nothing tells."""
     same = twins(found)
     if len(same) == 1:
@@ -250,7 +250,7 @@ def _folder(folder: Path) -> Report:
     if not family:
         said = f"no family of this version takes its pipeline {index.get('_class_name')!r:.60} or its denoiser"
         return replace(report, notes=(said,), parts=tuple(headers))
-    variant, notes = _folder_variant(own.variant if own else "", found, index)
+    variant, notes = folder_variant(own.variant if own else "", found, index)
     said = _scheduler_prediction(folder)
     whole = built(family, variant)
     parts = tuple(p for p in (whole.parts if whole else parts_of(family, variant)) if not (p.optional and index.get(p.name) == [None, None]))
@@ -261,7 +261,7 @@ def _folder(folder: Path) -> Report:
                    **_absent(family, variant, parts, present, tokenizers))
 
 
-def _folder_variant(own: str, found: Identified | None, index: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+def folder_variant(own: str, found: Identified | None, index: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """A card's word, else the denoiser's tensors, and where those are of several variants the one whose pipeline the index names."""
     if own or found is None:
         return own, () if own else ("its denoiser has the size of no published variant",)

@@ -1,7 +1,7 @@
 """Files to modules. Knows safetensors, configs and a fixed list of classes; knows no request and moves nothing between devices.
 
 Weights are memory-mapped and assigned to a module whose parameters were made on the meta device, so a part costs its weights once. Nothing from a
-folder is executed: the class comes from the family's declaration, the config gives numbers only, and only safetensors are read.
+folder is executed: the class comes from the family's declaration, the config gives numbers only, and pickles are refused unless they are asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from latentgen.errors import ModelError
 from latentgen.models.family import Config, Part
 from latentgen.models.header import Header, read_header
+from latentgen.models.pickles import is_pickle, pickle_header, pickle_tensors, refuse_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ CLASSES = {  # declared name -> where it lives; nothing else is ever instantiate
 MAX_NUMBER, MAX_ITEMS, MAX_LAYERS = 2**20, 4096, 512  # of a config: no published checkpoint comes near
 WHOLE = 256 * 2**20  # files up to this size are hashed in full, larger ones by samples
 NAMES = ("diffusion_pytorch_model", "model")
+GENERAL = "Transformer2DModel"  # what configs call a class that got a name of its own only after they were published
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def empty_module(source: Source, part: Part) -> nn.Module:
     library, name = part.cls.split(".")
     check_config(source.config, source.label)
     said = source.config.get("_class_name", name)
-    if said != name:
+    if said != name and not (said == GENERAL and name.endswith(GENERAL)):
         raise ModelError(f"the config of {source.label} describes a {shorten(str(said), 60)}: expected {name}, so another part's files may lie there")
     cls = getattr(import_module(CLASSES[part.cls]), name)
     try:
@@ -135,11 +136,19 @@ def load_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
     Raises:
         ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite.
     """
+    from latentgen.models.convert import LazyTensors, dequantised
+
     module = empty_module(source, part)
     keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if str(dtype) == "torch.float16" else ()
-    tensors = _own_names(_read(source, dtype), source, part, module)
+    stored = _read(source, dtype)
+    tensors = _own_names(dequantised(stored, dtype), source, part, module)
     _compare(tensors, module, source.label)
-    ready = {name: _ready(tensors[name], dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers.")) for name in list(tensors)}
+    ready = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        ready[name] = _ready(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
+        if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
+            stored.release(tensor)  # or the file would stand in memory beside its copy
     _check_finite(ready, source.label)
     module.load_state_dict(ready, strict=True, assign=True)
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
@@ -149,13 +158,13 @@ def load_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
 
 
 def _read(source: Source, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    from latentgen.models.convert import LazyTensors, dequantised, gguf_tensors
+    from latentgen.models.convert import LazyTensors, gguf_tensors
 
     source.headers()  # checked before any tensor is read
-    if source.files[0].suffix == ".gguf":
-        return gguf_tensors(source.files[0], dtype)
-    shards = [LazyTensors(file) for file in source.files]
-    return dequantised(shards[0] if len(shards) == 1 else ChainMap(*shards), dtype)  # type: ignore[arg-type]
+    first = source.files[0]
+    if first.suffix == ".gguf":
+        return gguf_tensors(first, dtype)
+    return pickle_tensors(first) if is_pickle(first) else LazyTensors(*source.files)
 
 
 def _own_names(tensors: Mapping[str, Tensor], source: Source, part: Part, module: nn.Module) -> dict[str, Tensor]:
@@ -266,11 +275,12 @@ def part_config(place: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
-def weights_files(place: Path, *, root: Path | None = None) -> tuple[Path, ...]:
+def weights_files(place: Path, *, root: Path | None = None, allow_pickle: bool = False) -> tuple[Path, ...]:
     """The safetensors of a part's folder: one file, or the shards that its index names.
 
     Args:
         root: the folder that no file may lie outside of, links followed; None for `place` itself.
+        allow_pickle: take a pickle where there is nothing else.
 
     Raises:
         ModelError: none there, a pickle in its place, an absent shard, or one outside the folder.
@@ -283,9 +293,11 @@ def weights_files(place: Path, *, root: Path | None = None) -> tuple[Path, ...]:
         if index.is_file():
             return _shards(index, root)
     where = f"{place.parent.name}/{place.name}"
-    pickles = [p.name for p in sorted(place.glob("*")) if p.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+    pickles = [p for p in sorted(place.glob("*")) if is_pickle(p)]
+    if pickles and not allow_pickle:
+        refuse_pickle(pickles[0])
     if pickles:
-        raise ModelError(f"{where} has only {pickles[0]}, a pickle, which can run code: convert it to safetensors")
+        return (_inside(pickles[0], root),)
     raise ModelError(f"{where} has no weights: expected diffusion_pytorch_model.safetensors or model.safetensors")
 
 
@@ -312,7 +324,7 @@ def _inside(path: Path, root: Path) -> Path:
 
 @lru_cache(maxsize=64)
 def _header(path: str, size: int, changed: int) -> Header:
-    return read_header(Path(path))
+    return pickle_header(Path(path)) if is_pickle(Path(path)) else read_header(Path(path))
 
 
 @lru_cache(maxsize=64)

@@ -1,13 +1,16 @@
-"""Pictures to files and the words kept in them. Knows PNG, JPEG and WebP; no recipe, model or request.
+"""Pictures to files and the words kept in them. Knows PNG, JPEG, WebP and EXIF; no recipe, model or request.
 
-PNG keeps each entry as a text chunk, where other programs look for it. JPEG and WebP have one field for text, EXIF UserComment, which holds the
-entries as JSON. A file appears whole or not at all.
+PNG keeps each entry as a text chunk, where other programs look for it. JPEG and WebP have EXIF: the entry "parameters" is its UserComment, as
+A1111 writes it and others read it; the other entries are its ImageDescription, as JSON. A file appears whole or not at all.
+
+What is read back is untrusted: no more than MAX_TEXT letters of an entry, and Pillow's own limits on what a packed chunk may grow to.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,7 +23,11 @@ from latentgen.errors import ImageError, OutputError, RequestError
 from latentgen.pixels.source import MAX_PIXELS, check_size
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+PARAMETERS = "parameters"  # the entry that other programs read
+MAX_TEXT = 2**20  # letters of one entry, written or read
+_EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
+_TEXT_TAGS = (_DESCRIPTION, 0x010F, 0x0110)  # description, maker and model: where ComfyUI's savers put "workflow:{...}" and "prompt:{...}"
+_JPEG_EXIF = 65533 - len(b"Exif\0\0")  # bytes: one segment, whose length is counted in 16 bits and counts itself
 _PLAIN, _UNICODE = b"ASCII\0\0\0", b"UNICODE\0"  # EXIF 2.32, table 9: the first 8 bytes of UserComment say how the rest is written
 
 
@@ -50,32 +57,55 @@ def save_image(image: Image.Image, path: str | Path, *, metadata: Mapping[str, s
     return path
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text kept in a PNG, JPEG or WebP file, as `save_image` was given it; {} if there is none.
+def read_metadata(source: Image.Image | str | Path | bytes) -> dict[str, str]:
+    """The text kept in a PNG, JPEG or WebP, as `save_image` was given it; {} if there is none.
 
-    A comment that another program left in EXIF is found under "parameters".
+    A comment that another program left in EXIF is found under "parameters". Entries of more than MAX_TEXT letters are left out.
+
+    Args:
+        source: a path, encoded bytes, or an image that was opened from a file (a copy of one may have lost its text).
 
     Raises:
-        ImageError: the file is missing or not a picture.
+        ImageError: the file is missing, not a picture, or its text is damaged or packed too tightly.
     """
+    named = "the image" if isinstance(source, Image.Image) else "the picture" + ("" if isinstance(source, bytes) else f" {str(source)!r}")
     try:
-        with Image.open(path, formats=tuple(set(SUFFIXES.values()))) as image:
-            check_size(*image.size, name=f"the picture {str(path)!r}", max_pixels=MAX_PIXELS)
-            if isinstance(image, PngImagePlugin.PngImageFile):
-                return {str(key): str(value) for key, value in image.text.items()}
-            comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+        if isinstance(source, Image.Image):
+            found = _entries(source)
+        else:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(set(SUFFIXES.values()))) as image:
+                check_size(*image.size, name=named, max_pixels=MAX_PIXELS)
+                found = _entries(image)
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise ImageError(f"the picture {str(path)!r} cannot be read ({error}): check the path, or save it again") from error
-    text = _comment_text(comment)
-    if not text:
+        raise ImageError(f"{named} cannot be read ({error}): check the path, or save it again") from error
+    return {key: value for key, value in found.items() if len(value) <= MAX_TEXT}
+
+
+def _entries(image: Image.Image) -> dict[str, str]:
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        return {str(key): str(value) for key, value in image.text.items()}
+    found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}  # of a PNG's copy
+    exif = image.getexif()
+    for tag in _TEXT_TAGS:
+        found |= _described(exif.get(tag))
+    text = _comment_text(exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT, b""))
+    return found | ({PARAMETERS: text} if text else {})
+
+
+def _described(text: object) -> dict[str, str]:
+    """Entries of one of EXIF's own texts: ours, all in one JSON object, or ComfyUI's, whose JSON follows its name and a colon."""
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
         return {}
-    with suppress(ValueError):
+    name, _, rest = text.partition(":")
+    if name.strip().lower() in ("prompt", "workflow"):
+        return {name.strip().lower(): rest.strip()}
+    with suppress(ValueError, RecursionError):
         entries = json.loads(text)
-        if isinstance(entries, dict):
-            return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in entries.items()}
-    return {"parameters": text}
+        if isinstance(entries, dict) and all(isinstance(value, str) for value in entries.values()):
+            return entries
+    return {}
 
 
 def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -87,6 +117,8 @@ def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(f"metadata[{key!r}] cannot be written ({error.reason}): expected a Latin-1 key and valid Unicode text") from error
+        if len(value) > MAX_TEXT:
+            raise RequestError(f"metadata[{key!r}] has {len(value):,} letters: at most {MAX_TEXT:,} are read back, so shorten it")
         if not 1 <= len(key_bytes) <= 79 or not key.isprintable():
             raise RequestError(f"metadata has the key {key!r}: expected 1 to 79 printable letters")
     return dict(metadata)
@@ -102,26 +134,31 @@ def _encoded(image: Image.Image, kind: str, metadata: dict[str, str], quality: i
             image.save(buffer, "PNG", pnginfo=text)
         else:
             chroma = {"subsampling": 0 if quality >= 90 else 2} if kind == "JPEG" else {"method": 4}
-            image.save(buffer, kind, quality=quality, exif=_exif(metadata), **chroma)
+            image.save(buffer, kind, quality=quality, exif=_exif(metadata, most=_JPEG_EXIF if kind == "JPEG" else math.inf), **chroma)
     except (OSError, ValueError) as error:
         size = f"{image.width}x{image.height}, mode {image.mode}"
         raise OutputError(f"a picture ({size}, {len(metadata)} metadata entries) cannot be saved as {kind} ({error}): save it as PNG") from error
     return buffer.getvalue()
 
 
-def _exif(metadata: dict[str, str]) -> bytes:
+def _exif(metadata: dict[str, str], *, most: float) -> bytes:
+    """The entries as EXIF; "parameters", which repeats for others what the rest says, only where both fit into `most` bytes."""
     if not metadata:
         return b""
-    text = json.dumps(metadata, ensure_ascii=False)
     exif = Image.Exif()  # writes big-endian TIFF, whose Unicode text is then UTF-16 BE
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _PLAIN + text.encode("ascii") if text.isascii() else _UNICODE + text.encode("utf-16-be")
-    return exif.tobytes()
+    others = {key: value for key, value in metadata.items() if key != PARAMETERS}
+    if others:
+        exif[_DESCRIPTION] = json.dumps(others)  # ASCII alone, as that field demands
+    if PARAMETERS in metadata:
+        exif[_EXIF_IFD] = {_USER_COMMENT: _UNICODE + metadata[PARAMETERS].encode("utf-16-be")}
+    written = exif.tobytes()
+    return _exif(others, most=most) if len(written) > most and others and PARAMETERS in metadata else written
 
 
 def _comment_text(comment: bytes | str) -> str:
     if isinstance(comment, str):
         return comment
-    marker, body = comment[:8], comment[8:]
+    marker, body = comment[:8], comment[8:8 + 4 * MAX_TEXT]
     if marker != _UNICODE:
         return (body if marker in (_PLAIN, bytes(8)) else comment).decode("utf-8", "replace").strip("\0")
     little = body[1::2].count(0) > body[0::2].count(0)  # programs disagree on the byte order; in most text one byte of each pair is 0

@@ -46,7 +46,7 @@ OnStep = Callable[[Step], None]
 
 
 def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None,
-         card: str | None = None, config: str | Path | None = None, **parts: str | Path) -> Pipeline:
+         card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -58,6 +58,7 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         progress: a bar on stderr; None shows one in a terminal or notebook only.
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
+        allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
@@ -68,7 +69,7 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     place = choose_device(device)
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
-        checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, report=report)
+        checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
     return Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, progress=progress)
 
 
@@ -83,7 +84,7 @@ class Pipeline:
         self.progress = progress
         self._memo = Memo()
         weights = {stage: checkpoint.weight_bytes(stage) for stage in ("text", "denoiser", "decoder")}
-        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights)
+        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes)
 
     def __repr__(self) -> str:
         m = self._machine
@@ -132,7 +133,7 @@ class Pipeline:
             return Run(self, self.plan(request, **options))
         if options:
             raise RequestError(f"a finished plan was given with {', '.join(options)}: a plan takes no options, so give them to `plan`")
-        if Machine(request.model, request.device, request.dtype, request.residency, request.weights) != self._machine:
+        if Machine(request.model, request.device, request.dtype, request.residency, request.weights, self._machine.notes) != self._machine:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return Run(self, request)
 

@@ -149,13 +149,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the pipeline was loaded with, as far as planning needs it."""
+    """What the pipeline was loaded with, as far as planning needs it; `notes` are what its files did not tell."""
 
     model: str
     device: str
     dtype: str
     residency: str
     weights: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
@@ -164,7 +165,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     Raises:
         RequestError, ImageError: input that cannot be honoured; with strict=False contradictions become notes instead.
     """
-    notes: list[str] = []
+    notes = list(machine.notes)
     defaults = family.defaults
 
     def refuse(problem: str) -> None:
@@ -256,7 +257,8 @@ def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Cal
         refuse(f"shift is {request.shift:g} but {family.name} does not run on a rectified flow: leave shift out")
     shift = defaults.shift if family.shift is None else family.shift(*size, steps)
     shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in RAMPS else shift
-    levels = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0)
+    levels = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0,
+                         terminal=family.terminal)
     strength = 1.0
     if task in ("img2img", "inpaint"):
         strength = request.strength if request.strength is not None else (defaults.strength if task == "img2img" else 1.0)
@@ -290,16 +292,16 @@ def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple
 def _texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens], guided: bool, refuse: Callable[[str], None],
            notes: list[str]) -> tuple[PlannedText, PlannedText]:
     """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used."""
-    names = list(tokenizers)
+    others = [name for name in (f"tokenizer_{n}" for n in (2, 3)) if name in list(tokenizers)[1:]]  # the first reads the prompt itself
     for n in (2, 3):
         for field_name in (f"prompt_{n}", f"negative_prompt_{n}"):
-            if getattr(request, field_name) and len(names) < n:
-                refuse(f"{field_name} is given but {family.name} here has {len(names)} text encoder{'s' if names[1:] else ''}: leave it out")
+            if getattr(request, field_name) and f"tokenizer_{n}" not in others:
+                refuse(f"{field_name} is given but {family.name} here has no text encoder that would read it: leave it out")
     if request.clip_skip > 1 and not family.clip_skip:
         refuse(f"clip_skip is {request.clip_skip} but {family.name} reads no layer of CLIP that could be chosen: leave it out")
 
     def read(side: str, first: str) -> dict[str, PromptChunks]:
-        own = {name: text for n, name in enumerate(names[1:3], 2) if (text := getattr(request, f"{side}_{n}"))}
+        own = {name: text for name in others if (text := getattr(request, side + name.removeprefix("tokenizer")))}
         return laid_out(first, tokenizers, name=side, texts=own, strict=request.strict, notes=notes)
 
     prompt, negative = read("prompt", request.prompt), read("negative_prompt", request.negative_prompt)
@@ -342,6 +344,7 @@ def _size(request: Request, family: Family, references: tuple[Image.Image, ...])
     if right or bottom:
         image = extended(image, left=0, right=right, top=0, bottom=bottom)
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, right, 0, bottom), mode="replicate")
+    spec.shape(*image.size)
     return Source(image, mask), image.width, image.height, crop
 
 
