@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[int, float, float], tuple[float, ...]]] = {
 LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler", "")  # space so where their config says nothing
 SAMPLERS = {  # of other classes, the default
     "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_ancestral", "HeunDiscreteScheduler": "heun", "LCMScheduler": "lcm"}
+SOLVERS = ("DPMSolver", "UniPC", "DEIS")
 BESIDE = "beside"  # the entry of `Conditioning.extra` that the U-Net sees as further channels of x
 
 
@@ -80,6 +81,8 @@ def run_defaults(scheduler: Config, unet: Config, factor: int) -> dict[str, Any]
     name = str(config.get("_class_name", ""))
     spacing = config.get("timestep_spacing") or ("trailing" if config.get("rescale_betas_zero_snr") else "leading" if name in LEADING else "linspace")
     spacing = "karras" if config.get("use_karras_sigmas") else "exponential" if config.get("use_exponential_sigmas") else spacing
+    if spacing == "linspace" and name.startswith(SOLVERS):
+        spacing = "trailing"  # theirs leaves the cleanest of steps + 1 times out, which is ours of this name, to one timestep
     if spacing not in ("leading", "trailing", "linspace", "karras", "exponential"):
         raise ModelError(f"the scheduler config has timestep_spacing {spacing!r:.60}: expected leading, trailing or linspace")
     offset = int(_number(config, "steps_offset", 0, low=0, high=100))  # of "leading" spacing, also where a request asks for it

@@ -39,15 +39,18 @@ SCHEDULER = {"shift": 1.0, "use_dynamic_shifting": False}
 
 
 def _signatures(variant: str, *, width: int, words: int, double: int, single: int, guided: bool = False) -> tuple[Signature, Signature]:
-    """A published network by its makers' names and by diffusers': widths, and the last block of each kind, so that no pruned one is taken for it."""
+    """A published network by its makers' names and by diffusers': widths, and the last block of each kind, so that no pruned one is taken for it.
+
+    What is asked of a block no other network of such a width has, so that an adapter's modules tell them apart, too.
+    """
     shapes: dict[str, tuple[int | None, ...]] = {
         "{image}.weight": (width, 128), "{words}.weight": (width, words), "{modulation}.weight": (3 * width, width),
         "{single}.0.{joined}.weight": (9 * width, width), f"{{single}}.{single - 1}.{{joined}}.weight": (9 * width, width),
-        "{double}.0.{out}.weight": (width, width), f"{{double}}.{double - 1}.{{out}}.weight": (width, width)}
+        "{double}.0.{mlp}.weight": (6 * width, width), f"{{double}}.{double - 1}.{{mlp}}.weight": (6 * width, width)}
     original = {"image": "img_in", "words": "txt_in", "modulation": "single_stream_modulation.lin", "single": "single_blocks", "joined": "linear1",
-                "double": "double_blocks", "out": "img_attn.proj"}
+                "double": "double_blocks", "mlp": "img_mlp.0"}
     diffusers = {"image": "x_embedder", "words": "context_embedder", "modulation": "single_stream_modulation.linear",
-                 "single": "single_transformer_blocks", "joined": "attn.to_qkv_mlp_proj", "double": "transformer_blocks", "out": "attn.to_add_out"}
+                 "single": "single_transformer_blocks", "joined": "attn.to_qkv_mlp_proj", "double": "transformer_blocks", "mlp": "ff.linear_in"}
     told = ("guidance_in.in_layer.weight", "time_guidance_embed.guidance_embedder.linear_1.weight")
     found = [{k.format(**names): v for k, v in shapes.items()} | ({key: (width, 256)} if guided else {})
              for names, key in zip((original, diffusers), told, strict=True)]

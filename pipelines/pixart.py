@@ -1,7 +1,7 @@
-"""pixart: PixArt-alpha (Chen et al. 2023) and PixArt-Sigma (Chen et al. 2024). T5, a transformer over 2x2 patches with cross-attention, SD's or SDXL's VAE.
+"""pixart: PixArt-alpha (Chen et al. 2023) and -Sigma (Chen et al. 2024). T5, a transformer over 2x2 patches with cross-attention, SD's or SDXL's VAE.
 
 Knows alpha's networks with and without size conditioning, and Sigma, whose network is that of alpha without it: only the pipeline that an index
-names, or the variant, tells those two apart. The network also returns a variance, which no sampler here asks for. Knows no prompts, samplers or files.
+names, or the variant, tells those two apart. The network also returns a variance, which no sampler here asks for. Knows no prompts or files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from latentgen.pipelines._unet import latent_spec, noise_path, prediction, run_d
 
 SCHEDULER: Config = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
                      "num_train_timesteps": 1000}
-SOLVERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler")
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens, as each was trained
 TOLD = ("adaln_single.emb.resolution_embedder.linear_1.weight", "adaln_single.emb.aspect_ratio_embedder.linear_1.weight")
 
@@ -58,7 +57,7 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
 
 
 def size_told(scene: Scene, side: Side) -> Mapping[str, Tensor]:
-    """What alpha's network of 1024 px is told of the picture, on every side alike: `resolution` (1, 2) as (height, width) and `aspect_ratio` (1, 1)."""
+    """What alpha's network of 1024 px is told on every side: `resolution` (1, 2), height and width in pixels, and their `aspect_ratio` (1, 1)."""
     return {"resolution": torch.tensor([[float(scene.height), float(scene.width)]]), "aspect_ratio": torch.tensor([[scene.height / scene.width]])}
 
 
@@ -70,13 +69,14 @@ def check_network(net: Config, text: Config, channels: int) -> None:
     """
     given, made = net.get("in_channels", 4), net.get("out_channels", 8)
     if given != channels or made not in (channels, 2 * channels, None):
-        raise ModelError(f"the transformer takes {given!r:.40} channels and returns {made!r:.40}, and the VAE has {channels}: expected {channels}, and as "
-                         "many or twice as many back, so give the VAE that belongs to it")
+        raise ModelError(f"the transformer takes {given!r:.40} channels and returns {made!r:.40}, and the VAE has {channels}: expected {channels}, "
+                         "and as many or twice as many back, so give the VAE that belongs to it")
     if net.get("norm_type", "ada_norm_single") != "ada_norm_single":
         raise ModelError(f"the transformer has norm_type {net['norm_type']!r:.60}: expected 'ada_norm_single', so it is of another family")
     width, heard = text.get("d_model"), net.get("caption_channels") or net.get("cross_attention_dim", 1152)
     if width is not None and width != heard:
-        raise ModelError(f"the text encoder gives states of {width!r:.40} values and the transformer reads {heard!r:.40}: give the T5 that belongs to it")
+        raise ModelError(f"the text encoder gives states of {width!r:.40} values and the transformer reads {heard!r:.40}: "
+                         "give the T5 that belongs to it")
 
 
 def build(model: Model) -> Family:
@@ -96,10 +96,9 @@ def build(model: Model) -> Family:
     named = str(model.config("model_index").get("_class_name", ""))
     alpha = "PixArtAlphaPipeline" if told or model.variant.startswith("pixart-alpha") else "PixArtSigmaPipeline"
     defaults = run_defaults(scheduler, {"sample_size": size}, plain.factor)
-    if defaults["spacing"] == "linspace" and scheduler.get("_class_name") in SOLVERS:
-        defaults["spacing"] = "trailing"  # their linspace leaves the cleanest of steps + 1 times out, which is ours of this name, to one timestep
     return Family(
-        name="pixart", parts=PARTS, path=noise_path(scheduler), prediction=prediction(scheduler), latent=replace(plain, multiple=plain.factor * patch),
+        name="pixart", parts=PARTS, path=noise_path(scheduler), prediction=prediction(scheduler),
+        latent=replace(plain, multiple=plain.factor * patch),
         tokenizers={"tokenizer": TokenizerSpec("t5", LENGTHS.get(named, LENGTHS[alpha]), pad="<pad>", lower=True)},
         encode=encode, predict=predict, inputs=size_told if told else no_inputs, guidance="cfg",
         defaults=Defaults(steps=20, guidance_scale=4.5, **defaults),

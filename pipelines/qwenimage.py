@@ -75,7 +75,7 @@ def encode(modules: Modules, words: Words) -> Conditioning:
 
 
 def seen(picture: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
-    """A picture (1, 3, H, W) in [-1, 1] as the text encoder takes it: patches (n, 3 * frames * side * side), and how many: (1, 3) of (1, rows, columns).
+    """A picture (1, 3, H, W) in [-1, 1] as the text encoder takes it: patches (n, 3 * frames * side * side); (1, 3) of (1, rows, columns) of them.
 
     Args:
         vision: the config of its eye: patch_size, spatial_merge_size (patches that make one token lie together) and temporal_patch_size.

@@ -150,6 +150,7 @@ def said(**more):
     return {"steps": STEPS, "seed": 3, "sampler": "euler", **more}
 
 
+@pytest.mark.parity("encoders", "FluxPipeline")
 @pytest.mark.parametrize("text", [PROMPT, "", "naïve Ünïcode – 日本語 🙂 don't 2024's", "two dogs run over the hill, " * 20])
 def test_both_encoders_hear_what_they_hear_in_diffusers(pipes, stock, text):
     ours, theirs = pipes("dev"), stock("dev")
@@ -164,6 +165,7 @@ def test_both_encoders_hear_what_they_hear_in_diffusers(pipes, stock, text):
     torch.testing.assert_close(words.pooled, pooled, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parity("txt2img", "FluxPipeline (dev, schnell)")
 @each_size
 @pytest.mark.parametrize("kind", ["dev", "schnell", "kontext"])
 def test_txt2img(pipes, stock, kind, size):
@@ -188,6 +190,7 @@ def test_a_batch_is_its_seeds(pipes, stock):
     agree(pipes("dev").txt2img(PROMPT, width=48, height=96, batch=2, **said(**asked)), run_stock(stock("dev"), seeds=(3, 4), size=SIZES[1], **asked))
 
 
+@pytest.mark.parity("img2img", "FluxImg2ImgPipeline")
 @each_size
 @pytest.mark.parametrize("strength", [0.5, 0.75])
 def test_img2img(pipes, stock, size, strength):
@@ -195,6 +198,7 @@ def test_img2img(pipes, stock, size, strength):
     agree(ours, run_stock(also(stock("dev"), "FluxImg2ImgPipeline"), size=size, image=photo(*size), strength=strength, guidance_scale=3.5))
 
 
+@pytest.mark.parity("inpaint", "FluxInpaintPipeline")
 @each_size
 @pytest.mark.parametrize("cfg", [{}, {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}], ids=["plain", "true_cfg"])
 def test_inpaint(pipes, stock, size, cfg):
@@ -204,6 +208,7 @@ def test_inpaint(pipes, stock, size, cfg):
     agree(ours, (theirs, [Image.composite(pictures[0], photo(*size), box(*size))]))
 
 
+@pytest.mark.parity("inpaint", "FluxFillPipeline")
 @each_size
 def test_fill_repaints(pipes, stock, size):
     """The mask need not follow any grid, and its greys are cut at one half."""
@@ -217,6 +222,7 @@ def test_fill_repaints(pipes, stock, size):
     agree(ours, (theirs, [Image.composite(pictures[0], photo(*size), hard)]))
 
 
+@pytest.mark.parity("inpaint", "FluxFillPipeline")
 def test_fill_outpaints(pipes, stock):
     ours = pipes("fill").outpaint(PROMPT, photo(), left=16, right=16, **said())
     source = ours.plan.source
@@ -241,6 +247,7 @@ def small_sizes(monkeypatch):
         yield
 
 
+@pytest.mark.parity("edit", "FluxKontextPipeline")
 @pytest.mark.parametrize("cfg", [{}, {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}], ids=["plain", "true_cfg"])
 def test_kontext_looks_at_a_reference(pipes, stock, monkeypatch, cfg):
     """A reference of another size and shape than the picture, in a batch."""

@@ -116,6 +116,7 @@ def said(**more):
     return {"steps": STEPS, "seed": 3, **more}
 
 
+@pytest.mark.parity("encoders", "Flux2Pipeline, Flux2KleinPipeline")
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 @pytest.mark.parametrize("text", [PROMPT, "", "naïve Ünïcode – 日本語 🙂 don't 2024's\n\n  two lines ", "the cat sat on the mat, " * 20])
 def test_the_encoder_hears_what_it_hears_in_diffusers(pipes, stock, kind, text):
@@ -139,6 +140,7 @@ def test_a_long_prompt_is_never_cut_in_silence(pipes):
     assert any("cut off" in note for note in pipes("klein").plan("the cat sat on the mat, " * 200, seed=0, width=64, height=64, strict=False).notes)
 
 
+@pytest.mark.parity("txt2img", "Flux2Pipeline, Flux2KleinPipeline")
 @each_size
 @each_kind
 def test_txt2img(pipes, stock, kind, size):
@@ -164,6 +166,7 @@ def test_a_negative_prompt(pipes, stock):
     agree(ours, run_stock(stock("base"), negative_prompt_embeds=states, guidance_scale=3.0))
 
 
+@pytest.mark.parity("edit", "Flux2Pipeline, Flux2KleinPipeline")
 @each_kind
 @pytest.mark.parametrize("sizes", [((64, 64),), ((120, 75), (64, 200))], ids=["one", "two"])
 def test_reference_pictures(pipes, stock, kind, sizes):
@@ -219,6 +222,7 @@ def by_hand(theirs, picture, *, strength, guidance_scale, mask=None):
         return x, theirs.image_processor.postprocess(theirs.vae.decode(latents).sample)
 
 
+@pytest.mark.parity("img2img", "hand loop")
 @each_size
 @pytest.mark.parametrize("kind", ["dev", "base"])
 def test_img2img(pipes, stock, kind, size):
@@ -226,6 +230,7 @@ def test_img2img(pipes, stock, kind, size):
     agree(ours, by_hand(stock(kind), photo(*size), strength=0.75, guidance_scale=3.0))
 
 
+@pytest.mark.parity("inpaint", "hand loop")
 @each_size
 @pytest.mark.parametrize("kind", ["dev", "base"])
 def test_inpaint(pipes, stock, kind, size):

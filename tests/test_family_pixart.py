@@ -105,10 +105,11 @@ def decoded(theirs, latents):
 def run_stock(theirs, sampler="ddim", *, seeds=(3,), size=SIZES[0], scale=SCALE):
     """(final latents (B, 4, h, w), pictures) of the stock pipeline."""
     theirs.scheduler = scheduler(sampler)
+    generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     with torch.no_grad():
         latents = theirs(PROMPT, negative_prompt=NEGATIVE, guidance_scale=scale, num_inference_steps=STEPS, width=size[0], height=size[1],
-                         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds], num_images_per_prompt=len(seeds), output_type="latent",
-                         clean_caption=False, use_resolution_binning=False).images
+                         generator=generator, num_images_per_prompt=len(seeds), output_type="latent", clean_caption=False,
+                         use_resolution_binning=False).images
     return latents, decoded(theirs, latents)
 
 
@@ -170,6 +171,7 @@ def said(sampler="ddim", **more):
             "negative_prompt": NEGATIVE, **more}
 
 
+@pytest.mark.parity("encoders", "PixArtAlphaPipeline, PixArtSigmaPipeline")
 @pytest.mark.parametrize("text", [PROMPT, "", "  Naïve CAFÉ – 日本語 🙂 don't 2024's ", "two dogs run over the hill, " * 4])
 @pytest.mark.parametrize("kind", ["alpha", "sigma"])
 def test_words_as_the_stock_pipeline_encodes_them(pipes, stock, kind, text):
@@ -194,6 +196,7 @@ def test_a_longer_text_is_refused_or_cut_as_there(pipes, stock):
     assert cut.ids == (tuple(theirs),) and cut.tokens == 119
 
 
+@pytest.mark.parity("txt2img", "PixArtAlphaPipeline, PixArtSigmaPipeline")
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 @each_size
 @each_kind
@@ -215,12 +218,14 @@ def test_a_batch_is_its_seeds(pipes, stock, kind):
     assert apart(*ours.images) >= 0.1
 
 
+@pytest.mark.parity("img2img", "hand loop")
 @pytest.mark.parametrize(("kind", "sampler", "size", "strength"), [
     ("alpha", "ddim", SIZES[0], 0.5), ("told", "ddim", SIZES[1], 0.75), ("sigma", "dpmpp_2m", SIZES[1], 0.4), ("told", "euler", SIZES[0], 1.0)])
 def test_img2img(pipes, stock, kind, sampler, size, strength):
     agree(pipes(kind).img2img(PROMPT, photo(*size), strength=strength, **said(sampler)), run_by_hand(stock(kind), sampler, strength, photo(*size)))
 
 
+@pytest.mark.parity("inpaint", "hand loop")
 @pytest.mark.parametrize(("kind", "sampler", "size", "strength"), [
     ("alpha", "dpmpp_2m", SIZES[0], 0.5), ("told", "ddim", SIZES[1], 0.75), ("sigma", "ddim", SIZES[0], 0.9)])
 def test_inpaint(pipes, stock, kind, sampler, size, strength):
@@ -247,9 +252,10 @@ def test_words_are_heard(pipes, kind):
         seen = pipes(kind).family.inputs(Scene(96, 48, (4, 6, 12), encode=lambda x: x), "negative")
         assert seen["resolution"].tolist() == [[48, 96]] and seen["aspect_ratio"].tolist() == [[0.5]]
         with pipes(kind).residency.use("denoiser") as modules, torch.no_grad():
-            words, mask = torch.randn(1, 120, 32), torch.ones(1, 120)
-            out = [pixart.predict(modules, torch.zeros(1, 4, 8, 8), pipes(kind).plan(PROMPT, seed=0).levels[0], Conditioning(words, extra={"mask": mask, **told}))
-                   for told in (seen, seen | {"resolution": torch.tensor([[512.0, 512.0]])}, seen | {"aspect_ratio": torch.tensor([[2.0]])})]
+            level = pipes(kind).plan(PROMPT, seed=0).levels[0]
+            others = {"resolution": torch.tensor([[512.0, 512.0]])}, {"aspect_ratio": torch.ones(1, 1)}
+            words = [Conditioning(torch.ones(1, 120, 32), extra={"mask": torch.ones(1, 120), **seen, **other}) for other in ({}, *others)]
+            out = [pixart.predict(modules, torch.zeros(1, 4, 8, 8), level, each) for each in words]
         assert min((out[0] - other).abs().max() for other in out[1:]) > 1e-3
 
 
@@ -314,7 +320,8 @@ def test_published_configs(variant, length, told, scale):
 
 
 @pytest.mark.parametrize(("configs", "words"), [
-    ({"transformer": {"in_channels": 16}}, "16 channels"), ({"transformer": {"out_channels": 12}}, "12"), ({"vae": {"latent_channels": 16}}, "the VAE has 16"),
+    ({"transformer": {"in_channels": 16}}, "16 channels"), ({"transformer": {"out_channels": 12}}, "12"),
+    ({"vae": {"latent_channels": 16}}, "the VAE has 16"),
     ({"transformer": {"norm_type": "ada_norm_zero"}}, "'ada_norm_zero'"), ({"transformer": {"patch_size": "2"}}, "patch_size"),
     ({"transformer": {"caption_channels": 4096}, "text_encoder": {"d_model": 2048}}, "2048 values and the transformer reads 4096"),
     ({"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, "FlowMatch"), ({"transformer": {"sample_size": "x"}}, "sample_size")])

@@ -127,6 +127,7 @@ def states_of(pipe, text, **how):
         return pipe.family.encode(modules, Words({"tokenizer": torch.tensor(planned.ids)}, {}, **how)).tokens
 
 
+@pytest.mark.parity("encoders", "StableDiffusionPipeline")
 def test_words_as_the_stock_pipeline_encodes_them(plain):
     parts, pipe = plain
     theirs = stock(parts)
@@ -165,6 +166,7 @@ def test_a_long_prompt_is_read_whole(plain):
     torch.testing.assert_close(ours, made, rtol=0, atol=1e-4 * made.abs().max().item())
 
 
+@pytest.mark.parity("txt2img", "StableDiffusionPipeline")
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 @each_sampler
 def test_txt2img(plain, sampler, scale):
@@ -187,12 +189,14 @@ def test_batch_of_two(plain):
     torch.testing.assert_close(ours.latents, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
 
 
+@pytest.mark.parity("img2img", "StableDiffusionImg2ImgPipeline")
 @pytest.mark.parametrize("strength", [0.45, 1.0])
 @each_sampler
 def test_img2img(plain, sampler, strength):
     agree(*both(stock(plain[0], sampler, "StableDiffusionImg2ImgPipeline"), plain[1], sampler, image=photo(), strength=strength))
 
 
+@pytest.mark.parity("inpaint", "StableDiffusionInpaintPipeline")
 @each_sampler
 def test_inpaint(plain, sampler):
     """With a mask that follows the latent grid; outside it our picture is the source's own bytes."""
@@ -215,6 +219,7 @@ def inpainter(tmp_path_factory):
     return make_folder(folder, "StableDiffusionInpaintPipeline", tiny_unet(9), tiny_clip()), opened(folder)
 
 
+@pytest.mark.parity("inpaint", "StableDiffusionInpaintPipeline (9 channels)")
 @pytest.mark.parametrize(("sampler", "size", "area", "strength"), [
     ("ddim", SIZE, (16, 8, 48, 64), 0.75), ("euler", SIZE, (13, 5, 50, 61), 1.0), ("dpmpp_2m", (96, 64), (3, 3, 40, 40), 0.5)])
 def test_nine_channels(inpainter, sampler, size, area, strength):
@@ -245,6 +250,7 @@ def editor(tmp_path_factory):
     return make_folder(folder, "StableDiffusionInstructPix2PixPipeline", tiny_unet(8), tiny_clip()), opened(folder)
 
 
+@pytest.mark.parity("edit", "StableDiffusionInstructPix2PixPipeline")
 @pytest.mark.parametrize(("sampler", "size", "weight"), [("ddim", SIZE, 1.5), ("euler", (96, 72), 1.2), ("dpmpp_2m", SIZE, 2.0)])
 def test_instruct_pix2pix(editor, sampler, size, weight):
     """Three evaluations: words and picture, picture, neither."""
@@ -292,7 +298,7 @@ def test_defaults_are_the_scheduler_configs():
     assert (plain.width, plain.height, plain.spacing, plain.offset, plain.guidance_scale) == (512, 512, "leading", 1, 7.5)
     assert of({}, sample_size=96).defaults.width == 768 and of({}).latent.scale == 0.18215
     euler = of({**NOISE, "_class_name": "EulerDiscreteScheduler"}).defaults
-    assert (euler.sampler, euler.spacing, euler.offset) == ("euler", "linspace", 0)
+    assert (euler.sampler, euler.spacing, euler.offset) == ("euler", "linspace", 1)  # for a request that asks for "leading"
     zero = of({**NOISE, "_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     assert (zero.prediction, zero.defaults.spacing, zero.path.at(1.0).alpha) == ("v", "trailing", 0.0)
     assert of({**NOISE, "prediction_type": "sample"}).prediction == "x0"

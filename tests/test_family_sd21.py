@@ -33,6 +33,7 @@ def with_v(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("sd21-v"), prediction_type="v_prediction")
 
 
+@pytest.mark.parity("encoders", "StableDiffusionPipeline")
 def test_words_are_padded_with_an_exclamation_mark(with_v):
     parts, pipe = with_v
     ids = pipe.plan(PROMPT, seed=0).prompt.ids[0]
@@ -49,6 +50,7 @@ def test_an_exclamation_mark_in_a_prompt_is_a_word(with_v):
     assert parts["tokenizer"]("Two dogs!").input_ids[3:] == [0, 49407]
 
 
+@pytest.mark.parity("txt2img", "StableDiffusionPipeline (v)")
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_v_prediction(with_v, sampler):
     parts, pipe = with_v
@@ -56,6 +58,8 @@ def test_v_prediction(with_v, sampler):
     agree(*both(stock(parts, sampler, prediction_type="v_prediction"), pipe, sampler, height=64, width=96))
 
 
+@pytest.mark.parity("inpaint", "StableDiffusionInpaintPipeline")
+@pytest.mark.parity("img2img", "StableDiffusionImg2ImgPipeline")
 def test_v_prediction_redraws_and_repaints(with_v):
     parts, pipe = with_v
     again = stock(parts, "ddim", "StableDiffusionImg2ImgPipeline", prediction_type="v_prediction")
@@ -66,6 +70,7 @@ def test_v_prediction_redraws_and_repaints(with_v):
     agree(latents, image, reference, Image.composite(made, photo(), box()))
 
 
+@pytest.mark.parity("txt2img", "StableDiffusionPipeline (epsilon)")
 @pytest.mark.parametrize("scale", [1.0, SCALE])
 def test_epsilon(tmp_path, scale):
     parts, pipe = checkpoint(tmp_path)
@@ -87,6 +92,7 @@ def test_words_change_the_picture(with_v):
     assert min(np.abs(made[0] - other).max() for other in made[1:]) >= 26
 
 
+@pytest.mark.parity("inpaint", "StableDiffusionInpaintPipeline (9 channels)")
 def test_nine_channels(tmp_path):
     parts, pipe = checkpoint(tmp_path, "StableDiffusionInpaintPipeline", 9)
     mask = box(area=(13, 5, 50, 61))
@@ -96,6 +102,7 @@ def test_nine_channels(tmp_path):
     agree(latents, image, reference, Image.composite(made, photo(), mask))
 
 
+@pytest.mark.parity("edit", "StableDiffusionDepth2ImgPipeline")
 def test_depth(tmp_path):
     """A picture redrawn under a depth map, which is given as the reference."""
     parts, pipe = checkpoint(tmp_path, "StableDiffusionDepth2ImgPipeline", 5)

@@ -159,6 +159,7 @@ def encoded(parts, prompt, second, *, unet="base", index=None, **more):
         return family(parts, unet, **(index or {})).encode(parts, words)
 
 
+@pytest.mark.parity("encoders", "StableDiffusionXLPipeline")
 @pytest.mark.parametrize("skip", [1, 2])
 def test_both_encoders(parts, skip):
     theirs = stock(parts).encode_prompt(prompt=PROMPT, prompt_2=SECOND, do_classifier_free_guidance=False, clip_skip=skip - 1 or None)
@@ -247,6 +248,7 @@ def test_published_configs(variant, task, encoders, numbers):
 # --- the whole pipeline
 
 
+@pytest.mark.parity("txt2img", "StableDiffusionXLPipeline")
 @each_sampler
 def test_txt2img(pipes, parts, sampler):
     equal(run(pipes["base"], sampler), reference(parts, sampler=sampler))
@@ -300,12 +302,14 @@ def test_a_batch(pipes, parts):
     equal(run(pipes["base"], batch=2), reference(parts, batch=2))
 
 
+@pytest.mark.parity("img2img", "StableDiffusionXLImg2ImgPipeline")
 @pytest.mark.parametrize("strength", [0.5, 0.9])
 @each_sampler
 def test_img2img(pipes, parts, sampler, strength):
     equal(run(pipes["base"], sampler, image=photo(), strength=strength), reference(parts, "img2img", sampler, image=photo(), strength=strength))
 
 
+@pytest.mark.parity("img2img", "the same with the refiner")
 @pytest.mark.parametrize("said", [
     {}, {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}, {"guidance_scale": 1.0, "negative_prompt": None}, {"negative_prompt": None},
     {"original_size": (512, 256)}], ids=lambda said: "-".join(said) or "plain")
@@ -314,6 +318,7 @@ def test_the_refiner_redraws(pipes, parts, said):
     equal(run(pipes["refiner"], **said), reference(parts, "img2img", unet="refiner", **said))
 
 
+@pytest.mark.parity("inpaint", "StableDiffusionXLInpaintPipeline")
 @pytest.mark.parametrize(("unet", "strength"), [("base", 0.5), ("base", 0.9), ("inpaint", 0.5), ("inpaint", 1.0)])
 def test_inpaint(pipes, parts, unet, strength):
     """By the wrapper on the base, and by the nine-channel U-Net. (At strength 1 diffusers hides the kept area from a base in the first step.)"""
@@ -329,6 +334,7 @@ def test_the_inpainting_unet_paints_from_nothing(pipes, parts):
     same(run(pipes["inpaint"])[0], reference(parts, "inpaint", unet="inpaint", image=grey, mask_image=all_of_it, strength=1.0)[0])
 
 
+@pytest.mark.parity("txt2img", "base and refiner split")
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 def test_base_and_refiner_share_a_run(pipes, parts, sampler):
     first = pipes["base"].stream(PROMPT, negative_prompt=NEGATIVE, steps=STEPS, guidance_scale=SCALE, sampler=sampler, seed=3,

@@ -18,6 +18,7 @@ from latentgen.errors import ModelError, RequestError
 from latentgen.models.card import published
 from latentgen.models.family import Model, Words
 from latentgen.models.identify import identify, twins
+from latentgen.models.inspect import folder_variant
 from latentgen.pipelines import zimage
 
 HEADERS = Path(__file__).parent / "headers"
@@ -122,6 +123,7 @@ def said(**more):
     return {"steps": STEPS, "seed": 3, **more}
 
 
+@pytest.mark.parity("encoders", "ZImagePipeline")
 @pytest.mark.parametrize("text", [PROMPT, "", " naïve Ünïcode – 日本語 🙂 don't 2024's\n", "two dogs run over the hill, " * 12])
 def test_the_encoder_hears_what_it_hears_in_diffusers(pipe, theirs, text):
     planned = pipe.plan(text, seed=0, width=64, height=64).prompt
@@ -134,11 +136,20 @@ def test_the_encoder_hears_what_it_hears_in_diffusers(pipe, theirs, text):
     torch.testing.assert_close(words.tokens[0], expected, rtol=1e-5, atol=1e-4)
 
 
+def test_an_encoder_that_was_saved_without_its_head_is_the_same(pipe, theirs, stock, tmp_path):
+    """As a pipeline writes it that loaded it as Qwen3Model: names without "model."."""
+    theirs.text_encoder.model.save_pretrained(tmp_path / "text_encoder")
+    other = latentgen.load(stock[1], text_encoder=tmp_path / "text_encoder", dtype="float32", device="cpu", progress=False)
+    asked = {"width": 64, "height": 64, **said()}
+    assert other.txt2img(PROMPT, **asked).latents.equal(pipe.txt2img(PROMPT, **asked).latents)
+
+
 def test_a_text_too_long_is_refused_and_not_cut(pipe):
     with pytest.raises(RequestError, match="at most"):
         pipe.plan("two dogs run over the hill, " * 60, seed=0, width=64, height=64)
 
 
+@pytest.mark.parity("txt2img", "ZImagePipeline")
 @each_size
 @each_guidance
 def test_txt2img(pipe, theirs, size, cfg):
@@ -154,6 +165,7 @@ def test_a_batch_is_its_seeds(pipe, theirs):
     agree(pipe.txt2img(PROMPT, width=48, height=96, batch=2, **said(**cfg)), run_stock(theirs, seeds=(3, 4), size=SIZES[1], **cfg))
 
 
+@pytest.mark.parity("img2img", "ZImageImg2ImgPipeline")
 @each_size
 @each_guidance
 @pytest.mark.parametrize("strength", [0.5, 0.75])
@@ -162,6 +174,7 @@ def test_img2img(pipe, theirs, size, cfg, strength):
     agree(ours, run_stock(also(theirs, "ZImageImg2ImgPipeline"), size=size, image=photo(*size), strength=strength, **cfg))
 
 
+@pytest.mark.parity("inpaint", "ZImageInpaintPipeline")
 @each_size
 @each_guidance
 def test_inpaint(pipe, theirs, size, cfg):
@@ -195,7 +208,8 @@ def test_words_are_heard(pipe):
 
 def test_turbo_has_no_guidance_and_says_so(stock):
     folder = stock[1]
-    turbo = zimage.build(Model("zimage-turbo", {name: json.loads((folder / name / "config.json").read_text("utf-8")) for name in ("transformer", "vae")}))
+    configs = {name: json.loads((folder / name / "config.json").read_text("utf-8")) for name in ("transformer", "vae")}
+    turbo = zimage.build(Model("zimage-turbo", configs))
     assert (turbo.guidance, turbo.defaults.guidance_scale, turbo.defaults.steps, turbo.defaults.shift) == ("none", 1.0, 8, 3.0)
     (folder / "card.toml").write_text('name = "tiny-turbo"\nfamily = "zimage"\nvariant = "zimage-turbo"\n', "utf-8")
     try:
@@ -216,6 +230,9 @@ def test_published_files_are_known(name):
     found = identify(shapes)
     assert found is not None and (found.family, found.layout) == ("zimage", "diffusers" if name.endswith("diffusers") else "original")
     assert twins(found) == ("zimage", "zimage-turbo")
+    variant = name.removesuffix(".diffusers")
+    in_folder = folder_variant("", found, published(variant)["index"], published(variant)["scheduler"] | {"max_shift": 1.15})
+    assert in_folder == (variant, ())  # the scheduler beside it tells
     assert identify({"model.diffusion_model." + key: shape for key, shape in shapes.items()}).prefix == "model.diffusion_model."
     assert identify(shapes | {zimage.SEES: (1152,)}) is None
     assert identify({key: shape for key, shape in shapes.items() if not key.startswith("layers.29.")}) is None
@@ -230,8 +247,9 @@ def test_published_configs_make_both_kinds(variant):
     assert family.shift is None and known["index"]["_class_name"] in zimage.INDEX
 
 
-@pytest.mark.parametrize("config, named", [({"siglip_feat_dim": 1152}, "SigLIP"), ({"all_patch_size": [1]}, "patches"), ({"in_channels": 4}, "4 channels"),
-                                           ({"cap_feat_dim": 4096}, "4096")])
+@pytest.mark.parametrize("config, named", [
+    ({"siglip_feat_dim": 1152}, "SigLIP"), ({"all_patch_size": [1]}, "patches"), ({"in_channels": 4}, "4 channels"),
+    ({"cap_feat_dim": 4096}, "4096")])
 def test_parts_that_do_not_belong_together_are_refused(config, named):
     with pytest.raises(ModelError, match=named):
         zimage.build(Model("", {"transformer": config, "text_encoder": {"hidden_size": 2560}}))

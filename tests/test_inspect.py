@@ -481,7 +481,7 @@ def test_a_damaged_part_and_a_pickle_are_named(tmp_path: Path) -> None:
     (place / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     (place / "text_encoder" / "model.safetensors").rename(place / "text_encoder" / "pytorch_model.bin")
     report = latentgen.inspect(place)
-    assert "vae/diffusion_pytorch_model.safetensors is empty" in report.damage and "pytorch_model.bin, a pickle" in report.damage and not report.sound
+    assert "vae/diffusion_pytorch_model.safetensors is empty" in report.damage and "pytorch_model.bin is a pickle" in report.damage and not report.sound
 
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"auto_map": {}}', "\xff"])

@@ -1,4 +1,4 @@
-"""FLUX.2's parts, tiny and random, and the two chat tokenizers that its text encoders read. Knows diffusers, transformers and tokenizers; no latentgen."""
+"""FLUX.2's parts, tiny and random, and the chat tokenizers of its two text encoders. Knows diffusers, transformers and tokenizers; no latentgen."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def tokenizer(kind: str, place: Path) -> Any:
 
 
 def language_model(kind: str) -> nn.Module:
-    """Qwen3 ("klein") or Mistral 3 with a small eye ("dev"), deep enough for the layers that are read. With weights so large, and not the usual 0.02, its states tell texts apart."""
+    """Qwen3 ("klein") or Mistral 3 with a small eye ("dev"), deep enough for the layers that are read.
+
+    With weights so large, and not the usual 0.02, its states tell texts apart.
+    """
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(2)

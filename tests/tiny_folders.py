@@ -204,7 +204,7 @@ def _qwenimage() -> Tiny:
                                              joint_attention_dim=16, axes_dims_rope=(4, 6, 6)))
     vae = lively(AutoencoderKLQwenImage(base_dim=8))
     words = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-             "vocab_size": 400, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}}
+             "vocab_size": 400, "bos_token_id": None, "eos_token_id": None, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}}
     eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4}
     encoder = lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=words, vision_config=eye, image_token_id=263, vision_start_token_id=261)))
     return Tiny("qwenimage", "QwenImagePipeline", {"transformer": net, "vae": vae, "text_encoder": encoder}, {"tokenizer": "chat"}, FLOW)

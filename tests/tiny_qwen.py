@@ -1,4 +1,4 @@
-"""Tiny Qwen language models and their tokenizer, as the large checkpoints carry them, made on the spot. Knows transformers and tokenizers; no latentgen.
+"""Tiny Qwen language models and their tokenizer, as the large checkpoints carry them. Knows transformers and tokenizers; no latentgen.
 
 The tokenizer is a byte-level BPE with Qwen's way of cutting a text, its special tokens after the vocabulary and its template for one turn.
 """
@@ -16,9 +16,10 @@ from tiny import lively
 TEXT = (
     "a red heart, flat", "blue car, top view", "a green tree under a yellow sun", "the cat sat on the mat", "blurry photo of a blue car",
     "user\n", "assistant\n", "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:", "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how the "
-    "user's text instruction should alter or modify the image. Generate a new image that meets the user's requirements while maintaining consistency "
-    "with the original input where appropriate.",
+    "objects and background:",
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how the user's text instruction "
+    "should alter or modify the image. Generate a new image that meets the user's requirements while maintaining consistency with the original "
+    "input where appropriate.",
 )
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -39,9 +40,11 @@ def tiny_qwen_tokenizer(folder: Path) -> Any:
     inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
-    inner.train_from_iterator(TEXT * 3, trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    inner.train_from_iterator(TEXT * 3, trainer)
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    theirs = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=SPECIAL[0], eos_token="<|im_end|>", chat_template=TEMPLATE, padding_side="right")
+    theirs = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=SPECIAL[0], eos_token="<|im_end|>", chat_template=TEMPLATE,
+                                     padding_side="right")
     theirs.save_pretrained(folder)
     return theirs
 
@@ -62,7 +65,7 @@ def tiny_qwen3(tokenizer: Any, *, width: int = 32) -> nn.Module:
     torch.manual_seed(2)
     return louder(Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=2048, tie_word_embeddings=True)))
+        head_dim=8, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, tie_word_embeddings=True)))
 
 
 def tiny_qwen_vl(tokenizer: Any, *, width: int = 32) -> nn.Module:
@@ -73,7 +76,7 @@ def tiny_qwen_vl(tokenizer: Any, *, width: int = 32) -> nn.Module:
     ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
                    tokenizer.convert_tokens_to_ids([*SPECIAL[3:5], *SPECIAL[6:]]), strict=True))
     words = {"vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "max_position_embeddings": 4096,
+             "num_key_value_heads": 1, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None,
              "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}, "rope_theta": 1e6}
     eye = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width, "window_size": 56,
            "fullatt_block_indexes": [1]}

@@ -129,13 +129,15 @@ def _diffusers(pipe: Pipeline, plan: Plan, dtype: torch.dtype) -> Call:
     from diffusers.schedulers import DPMSolverMultistepScheduler
     from transformers import CLIPTokenizer
 
+    from latentgen.models.load import part_class
+
     family, sources = pipe.family, pipe.checkpoint.sources
     folder = sources["unet"].files[0].parent.parent if "unet" in sources else Path()
     predictions = {"v": "v_prediction", "epsilon": "epsilon"}
     if {p.name for p in family.parts} != {"text_encoder", "unet", "vae"} or family.prediction not in predictions:
         raise ModelError(f"diffusers' StableDiffusionPipeline cannot run the family {family.name!r}: use against='none'")
     with _quiet():
-        parts = {p.name: _class(p.cls).from_pretrained(folder / p.name, torch_dtype=dtype, local_files_only=True) for p in family.parts}
+        parts = {p.name: part_class(p.cls).from_pretrained(folder / p.name, torch_dtype=dtype, local_files_only=True) for p in family.parts}
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=predictions[family.prediction],
@@ -150,14 +152,6 @@ def _diffusers(pipe: Pipeline, plan: Plan, dtype: torch.dtype) -> Call:
                      generator=torch.Generator("cpu").manual_seed(seed)).images[0]
 
     return call
-
-
-def _class(name: str) -> Any:
-    from importlib import import_module
-
-    from latentgen.models.load import CLASSES
-
-    return getattr(import_module(CLASSES[name]), name.split(".")[1])
 
 
 def _report(plan: Plan, rounds: int, taken: Mapping[str, Sequence[float]], stages: Sequence[Mapping[str, float]]) -> dict[str, Any]:

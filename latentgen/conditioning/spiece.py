@@ -1,4 +1,4 @@
-"""SentencePiece model files (spiece.model) of T5's kind, read within bounds into what a tokenizer.json says. Knows the bytes; knows no folder or prompt.
+"""SentencePiece model files (spiece.model) of T5's kind, read within bounds into what a tokenizer.json says. Knows bytes; knows no folder or prompt.
 
 The file is one protobuf message, ModelProto of sentencepiece_model.proto: 1 pieces (1 piece, 2 score, 3 type), 2 trainer_spec (3 model_type,
 24 treat_whitespace_as_suffix, 35 byte_fallback), 3 normalizer_spec (2 precompiled_charsmap, 3 add_dummy_prefix,
@@ -74,7 +74,8 @@ def _piece(value: Value, index: int) -> tuple[str, float, int]:
     """Text, log probability and type of one piece."""
     said = dict(_fields(_whole(value, 1), most=MOST_FIELDS))
     text, score, kind = said.get(1), said.get(2, memoryview(bytes(4))), said.get(3, NORMAL)
-    if not isinstance(text, memoryview) or not isinstance(score, memoryview) or len(score) != 4 or not 0 < len(text) <= MOST_LETTERS or 0 in bytes(text):
+    if (not isinstance(text, memoryview) or not isinstance(score, memoryview) or len(score) != 4
+            or not 0 < len(text) <= MOST_LETTERS or 0 in bytes(text)):
         raise ValueError(f"piece {index} is no text of 1 to {MOST_LETTERS} bytes with a score of 4")
     if kind not in (NORMAL, UNKNOWN, CONTROL):
         raise ValueError(f"piece {index} is of type {kind!r:.40}, where T5's are normal, unknown or control (1 to 3)")
@@ -86,9 +87,9 @@ def _piece(value: Value, index: int) -> tuple[str, float, int]:
 
 def _check_rules(trainer: Mapping[int, Value], normalizer: Mapping[int, Value]) -> None:
     """The file asks for what T5's tokenizer does and for nothing else."""
-    for said, number, name, wanted in ((trainer, 3, "model_type", UNIGRAM), (trainer, 24, "treat_whitespace_as_suffix", 0), (trainer, 35, "byte_fallback", 0),
-                                       (normalizer, 3, "add_dummy_prefix", 1), (normalizer, 4, "remove_extra_whitespaces", 1),
-                                       (normalizer, 5, "escape_whitespaces", 1)):
+    rules = ((trainer, 3, "model_type", UNIGRAM), (trainer, 24, "treat_whitespace_as_suffix", 0), (trainer, 35, "byte_fallback", 0),
+             (normalizer, 3, "add_dummy_prefix", 1), (normalizer, 4, "remove_extra_whitespaces", 1), (normalizer, 5, "escape_whitespaces", 1))
+    for said, number, name, wanted in rules:
         if (value := said.get(number, wanted)) != wanted:
             raise ValueError(f"its {name} is {value if isinstance(value, int) else 'damaged'}, where a tokenizer of T5's kind has {wanted}")
 

@@ -110,8 +110,12 @@ def read_vocabulary(place: Path, *, name: str = "tokenizer") -> Vocabulary:
         beside = place.is_dir() or place.name in ("tokenizer.json", "spiece.model")  # a file of another name may lie among strangers
         settings = _settings(folder) if beside else {}
         extra = _added(folder, settings) if beside else {}
-        pieces = not pair and whole_file.suffix == ".model"
-        whole: dict[str, Any] = {} if pair else read_spiece(_bytes(whole_file), sentinels=settings.get("extra_ids", 100)) if pieces else _json(whole_file)
+        if pair:
+            whole: dict[str, Any] = {}
+        elif whole_file.suffix == ".model":
+            whole = read_spiece(_bytes(whole_file), sentinels=settings.get("extra_ids", 100))
+        else:
+            whole = _json(whole_file)
         model = whole.get("model")
         if pair:
             merges = [line for line in _text(folder / "merges.txt").split("\n") if line.strip() and not line.startswith("#version")]

@@ -1,220 +1,162 @@
-"""Samplers: one short generator each, from levels and a denoiser to x.
+"""The table of samplers: what each is called, takes and costs. Knows the samplers; does not know families, prompts, guidance, seeds or devices.
 
-Knows levels and a denoiser. Does not know families, prompts, guidance, seeds or devices.
-
-All of them take the same first-order step from (alpha, sigma) to (alpha', sigma'), written without a division by alpha or a
-logarithm, so that it is exact where alpha = 0 (a rectified flow at t = 1, zero terminal SNR) and where sigma' = 0:
-
-    r = sigma' / sigma        x' = r * x + (alpha' - alpha * r) * x0
-
-They differ in what they put for x0, and in how much of sigma' they draw afresh. History lives in locals.
+The samplers themselves, one short generator each, are in the folder `samplers`; names that other programs use are in `names`.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentgen.diffusion.level import Denoiser, Level
+from latentgen.diffusion.names import Ours, foreign, nearest
+from latentgen.diffusion.samplers import adams, langevin, multistep, ode, one_step
+from latentgen.diffusion.samplers.steps import Noise, Step
 from latentgen.errors import RequestError
+
+__all__ = ["SAMPLERS", "Option", "SamplerInfo", "Step", "asked", "sampler"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a sampler yields after each of its `total` transitions.
+class Option:
+    """A keyword argument of a sampler: the values that it takes, ends included.
 
-    index: 0 ... total - 1.  level: where the denoiser was asked (levels[index]).  x0: its answer there, (B, C, h, w).
-    x: the state after the step, at levels[index + 1]; the last one is the result.
+    low, high: of a number.  whole: whole numbers only.  choices: of a word, instead.
     """
 
-    index: int
-    total: int
-    level: Level
-    x0: Tensor
-    x: Tensor
+    about: str
+    low: float = 0.0
+    high: float = math.inf
+    whole: bool = False
+    choices: tuple[str, ...] = ()
+
+    def check(self, name: str, value: object) -> None:
+        """RequestError unless value is one that this option takes."""
+        if self.choices:
+            fits = isinstance(value, str) and value in self.choices
+        else:
+            fits = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not fits:
+            raise RequestError(f"{name} is {value!r}: give {self.takes} ({self.about}).")
+
+    @property
+    def takes(self) -> str:
+        """The values that it takes, in words."""
+        if self.choices:
+            return " or ".join(repr(choice) for choice in self.choices)
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} of at least {self.low:g}" if self.high == math.inf else f"{kind} from {self.low:g} to {self.high:g}"
 
 
-# Every sampler: (denoise, x, levels, *, noise, ...) -> Iterator[Step], where
-#   x       (B, C, h, w) at levels[0], float32 (float64 is kept too): the state is never held in half precision
-#   levels  at least two, each cleaner than the one before; the last may have sigma = 0
-#   noise   () -> unit normal noise like x: called once by each step of a stochastic sampler, except a step to sigma = 0
-# and, when the first step is asked for, RequestError where x or levels are not so.
-
-
-def euler(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """Euler's method for the probability-flow ODE (Karras et al. 2022, algorithm 1 without its correction; Liu et al. 2022).
-
-    In x / alpha against sigma / alpha, in the straight coordinates of a flow, and as DDIM: always the same step.
-    """
-    for index, now, then in _transitions(x, levels):
-        x0 = denoise(x, now)
-        x = _advance(x, x0, now, then)
-        yield Step(index, len(levels) - 1, now, x0, x)
-
-
-def ddim(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor], eta: float = 0.0) -> Iterator[Step]:
-    """DDIM (Song et al. 2021, eq. 12 and 16). eta in [0, 1]: 0 is deterministic (Euler), 1 is ancestral (DDPM)."""
-    if not 0 <= eta <= 1:
-        raise RequestError(f"eta is {eta}: give a number from 0 (deterministic) to 1 (as much noise as DDPM).")
-    for index, now, then in _transitions(x, levels):
-        x0 = denoise(x, now)
-        x = _advance(x, x0, now, then, eta=eta, noise=noise)
-        yield Step(index, len(levels) - 1, now, x0, x)
-
-
-def ddpm(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """Ancestral sampling: x' drawn from q(x' | x, x0) (Ho et al. 2020, eq. 6-7, with the smaller of its two variances)."""
-    return ddim(denoise, x, levels, noise=noise, eta=1.0)
-
-
-def euler_ancestral(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """k-diffusion's ancestral Euler: down to sigma_down, then noise of sigma_up. Multiplied out, that is DDPM's step on any path."""
-    return ddim(denoise, x, levels, noise=noise, eta=1.0)
-
-
-def heun(
-    denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor], variable: str = "sigma"
-) -> Iterator[Step]:
-    """Heun's method (Karras et al. 2022, algorithm 1): an Euler step, then the trapezoid rule. Second order, two evaluations.
-
-    The trapezoid rule on dx = x0 dalpha + eps dsigma is the first-order step with x0 + (x0' - x0) * sigma / (2 sigma') for x0,
-    where x0' is asked at the end of the Euler step. This is EDM's Heun where alpha = 1 and Heun in t on a rectified flow.
-    variable: "sigma", that rule; "ratio" runs it on x / alpha in sigma / alpha, as k-diffusion and diffusers do on variance-
-    preserving models (less exact, and first order in a step from alpha = 0). A step to sigma' = 0 is first order in both.
-    """
-    if variable not in ("sigma", "ratio"):
-        raise RequestError(f"variable is {variable!r}: choose 'sigma' or 'ratio'.")
-    for index, now, then in _transitions(x, levels):
-        x0 = x0_mean = denoise(x, now)
-        shrink = then.sigma / now.sigma * (now.alpha / then.alpha if variable == "ratio" else 1.0)
-        if shrink > 0:
-            x0_mean = x0 + (denoise(_advance(x, x0, now, then), then) - x0) / (2 * shrink)
-        x = _advance(x, x0_mean, now, then)
-        yield Step(index, len(levels) - 1, now, x0, x)
-
-
-def dpmpp_2m(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, algorithm 2): x0 extrapolated from the last two answers. Second order, one evaluation."""
-    past = None
-    for index, now, then in _transitions(x, levels):
-        x0 = denoise(x, now)
-        x = _advance(x, _extrapolated(x0, now, then, past), now, then)
-        past = x0, now
-        yield Step(index, len(levels) - 1, now, x0, x)
-
-
-def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """SDE-DPM-Solver++(2M), midpoint form (Lu et al. 2022, DPM-Solver++): the ancestral step with the extrapolated x0."""
-    past = None
-    for index, now, then in _transitions(x, levels):
-        x0 = denoise(x, now)
-        x = _advance(x, _extrapolated(x0, now, then, past), now, then, eta=1.0, noise=noise)
-        past = x0, now
-        yield Step(index, len(levels) - 1, now, x0, x)
-
-
-def lcm(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """Multistep consistency sampling (Song et al. 2023, algorithm 1): all of sigma' is drawn afresh.
-
-    For latent consistency models (Luo et al. 2023). Their boundary scalings c_skip and c_out belong to the network's row; they
-    differ from 0 and 1 by less than 1e-5 from timestep 19 on, the first that such a model is trained at.
-    """
-    for index, now, then in _transitions(x, levels):
-        x0 = denoise(x, now)
-        x = then.alpha * x0
-        if then.sigma > 0:
-            x = x + then.sigma * noise().to(x)
-        yield Step(index, len(levels) - 1, now, x0, x)
-
-
-def _transitions(x: Tensor, levels: Sequence[Level]) -> Iterator[tuple[int, Level, Level]]:
-    """(index, level, next level) of each step, once x and levels are seen to be what every sampler needs."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise RequestError(f"x is {x.dtype}: a latent of low precision drifts over the steps, give it in float32.")
-    # cross-multiplied, so that alpha = 0 and sigma = 0 need no case of their own
-    if len(levels) < 2 or not all(now.alpha * then.sigma < then.alpha * now.sigma for now, then in pairwise(levels)):
-        raise RequestError(f"{len(levels)} levels were given: a sampler needs at least two, each cleaner than the one before.")
-    for index, (now, then) in enumerate(pairwise(levels)):
-        yield index, now, then
-
-
-def _advance(
-    x: Tensor, x0: Tensor, now: Level, then: Level, *, eta: float = 0.0, noise: Callable[[], Tensor] | None = None
-) -> Tensor:
-    """x' = alpha' * x0 + sqrt(sigma'² - n²) * eps + n * fresh noise, where eps = (x - alpha * x0) / sigma (DDIM, eq. 12).
-
-    n = eta * sigma' * sqrt(1 - q²), with q = (alpha / sigma) / (alpha' / sigma') < 1. At eta = 1 that is the spread of
-    q(x' | x, x0), on any path. At eta = 0 it is the deterministic step at the head of this file.
-    """
-    q = now.alpha * then.sigma / (then.alpha * now.sigma)
-    n = eta * then.sigma * math.sqrt(1 - q * q)
-    # sqrt(sigma'² - n²) / sigma; in this form nothing cancels, and eta = 0 gives sigma' / sigma to the last bit
-    r = then.sigma / now.sigma * math.sqrt((1 - eta) * (1 + eta) + (eta * q) ** 2)
-    x = r * x + (then.alpha - now.alpha * r) * x0
-    return x + n * noise().to(x) if n > 0 else x
-
-
-def _extrapolated(x0: Tensor, now: Level, then: Level, past: tuple[Tensor, Level] | None) -> Tensor:
-    """x0 at the middle of the coming step, on the line through the last two answers in log(alpha / sigma).
-
-    x0 itself where there is no line: in the first step, after a level with alpha = 0, and in a step to sigma' = 0.
-    """
-    if past is None:
-        return x0
-    x0_past, before = past
-    h, h_past = then.half_log_snr - now.half_log_snr, now.half_log_snr - before.half_log_snr
-    if math.isinf(h) or math.isinf(h_past):
-        return x0
-    return x0 + h / (2 * h_past) * (x0 - x0_past)
+ETA = Option("share of the ancestral noise: 0 none, 1 as much as DDPM", 0, 1)
+S_NOISE = Option("factor on fresh noise", 0, 10)
+CHURN = {
+    "s_churn": Option("Karras' churn: how much noise is added before steps, in all"),
+    "s_tmin": Option("ratio sigma / alpha below which no noise is added"),
+    "s_tmax": Option("ratio sigma / alpha above which no noise is added"),
+    "s_noise": S_NOISE,
+}
+ANCESTRAL = {"eta": ETA, "s_noise": S_NOISE}
 
 
 @dataclass(frozen=True)
 class SamplerInfo:
     """A sampler and what to know before running it.
 
-    stochastic: it draws noise with its options left alone.  evaluations_per_step: denoiser calls in a step (Heun's last step
-    to sigma' = 0 makes one).  options: the names of its own keyword arguments.
+    generator: the bare function.  about, paper: one line each.  order: of convergence on smooth levels (of its ODE at eta 0).
+    stochastic: it draws noise with its options left alone.  evaluations_per_step: denoiser calls in a step from level to level
+    with its options left alone; first, last and lower-order steps make fewer, `asked` tells exactly.
+    options: its own keyword arguments.  between: it asks between the levels and needs them as `Levels`.
     """
 
-    function: Callable[..., Iterator[Step]]
-    stochastic: bool
-    evaluations_per_step: int
-    options: tuple[str, ...] = ()
+    generator: Callable[..., Iterator[Step]]
+    about: str
+    paper: str
+    order: int
+    stochastic: bool = False
+    evaluations_per_step: int = 1
+    options: Mapping[str, Option] = field(default_factory=dict)
+    between: bool = False
+
+    def function(self, denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noise, **options: Any) -> Iterator[Step]:
+        """The sampler at work; RequestError for an option that it does not have, or a value that the option does not take."""
+        self.check(options)
+        return self.generator(denoise, x, levels, noise=noise, **options)
+
+    def check(self, options: Mapping[str, object]) -> None:
+        """RequestError for an option that it does not have, or a value that the option does not take."""
+        for name, value in options.items():
+            if name not in self.options:
+                has = f"its options are {', '.join(self.options)}" if self.options else "it has none"
+                raise RequestError(f"{name} is given but the sampler {self.generator.__name__!r} has no such option: {has}.")
+            self.options[name].check(name, value)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The values of its options when they are left alone."""
+        keywords = self.generator.__kwdefaults__ or {}
+        return {name: keywords[name] for name in self.options}
 
 
 SAMPLERS: dict[str, SamplerInfo] = {
-    "ddpm": SamplerInfo(ddpm, True, 1),
-    "ddim": SamplerInfo(ddim, False, 1, ("eta",)),
-    "euler": SamplerInfo(euler, False, 1),
-    "euler_ancestral": SamplerInfo(euler_ancestral, True, 1),
-    "heun": SamplerInfo(heun, False, 2, ("variable",)),
-    "dpmpp_2m": SamplerInfo(dpmpp_2m, False, 1),
-    "dpmpp_2m_sde": SamplerInfo(dpmpp_2m_sde, True, 1),
-    "lcm": SamplerInfo(lcm, True, 1),
-}
-
-# What other programs call them, in the spelling of `_plain`
-_ALIASES = {
-    "eulera": "euler_ancestral",
-    "eulerancestraldiscrete": "euler_ancestral",
-    "eulerdiscrete": "euler",
-    "flowmatcheulerdiscrete": "euler",
-    "flowmatcheuler": "euler",
-    "heundiscrete": "heun",
-    "flowmatchheundiscrete": "heun",
-    "dpm2m": "dpmpp_2m",
-    "dpmpp": "dpmpp_2m",
-    "dpmsolver": "dpmpp_2m",
-    "dpmsolverpp": "dpmpp_2m",
-    "dpmsolvermultistep": "dpmpp_2m",
-    "dpmppsde": "dpmpp_2m_sde",
-    "sdedpmsolverpp": "dpmpp_2m_sde",
+    "ddpm": SamplerInfo(one_step.ddpm, "ancestral sampling, as diffusion models were first run", "Ho et al. 2020", 1, True),
+    "ddim": SamplerInfo(one_step.ddim, "deterministic, or with a share eta of DDPM's noise", "Song et al. 2021 (DDIM)", 1, options=ANCESTRAL),
+    "euler": SamplerInfo(one_step.euler, "Euler's method, plain or with Karras' churn", "Karras et al. 2022 (EDM)", 1, options=CHURN),
+    "euler_ancestral": SamplerInfo(one_step.euler_ancestral, "an Euler step past the target, and noise back up", "k-diffusion", 1, True,
+                                   options=ANCESTRAL),
+    "heun": SamplerInfo(one_step.heun, "Euler's step, corrected by the slope at its end", "Karras et al. 2022 (EDM)", 2, False, 2,
+                        {"variable": Option("what the trapezoid rule runs in", choices=("sigma", "ratio")), **CHURN}),
+    "dpm2": SamplerInfo(one_step.dpm2, "the slope at the middle of the step", "Lu et al. 2022 (DPM-Solver), k-diffusion", 2, False, 2, CHURN, True),
+    "dpm2_ancestral": SamplerInfo(one_step.dpm2_ancestral, "DPM2 past the target, and noise back up", "k-diffusion", 2, True, 2, ANCESTRAL, True),
+    "dpmpp_2s_ancestral": SamplerInfo(one_step.dpmpp_2s_ancestral, "x0 at the middle of the step, and noise back up", "Lu et al. 2022 (DPM-Solver++)",
+                                      2, True, 2, ANCESTRAL, True),
+    "dpmpp_sde": SamplerInfo(one_step.dpmpp_sde, "two ancestral stages in each step", "Lu et al. 2022 (DPM-Solver++), k-diffusion", 2, True, 2,
+                             ANCESTRAL, True),
+    "dpmpp_2m": SamplerInfo(multistep.dpmpp_2m, "x0 on the line through the last two answers", "Lu et al. 2022 (DPM-Solver++)", 2),
+    "dpmpp_2m_sde": SamplerInfo(multistep.dpmpp_2m_sde, "the same with fresh noise", "Lu et al. 2022 (DPM-Solver++)", 2, True,
+                                options={**ANCESTRAL, "solver": Option("where on the line x0 is taken", choices=("midpoint", "heun"))}),
+    "dpmpp_3m_sde": SamplerInfo(multistep.dpmpp_3m_sde, "x0 on the parabola through the last three answers, with fresh noise", "k-diffusion", 2, True,
+                                options=ANCESTRAL),
+    "res_multistep": SamplerInfo(multistep.res_multistep, "an exponential solver on the last two answers", "Zhang et al. 2023 (RES)", 2,
+                                 options=ANCESTRAL),
+    "unipc": SamplerInfo(multistep.unipc, "predicts, and corrects with the next answer for nothing", "Zhao et al. 2023 (UniPC)", 3,
+                         options={"order": Option("answers that the predictor takes", 1, 3, True),
+                                  "variant": Option("the paper's B(h)", choices=("bh1", "bh2"))}),
+    "sa_solver": SamplerInfo(multistep.sa_solver, "stochastic Adams methods, predictor and corrector", "Xue et al. 2023 (SA-Solver)", 3, True, options={
+        "predictor_order": Option("answers that the predictor takes", 1, 4, True),
+        "corrector_order": Option("answers that the corrector takes, 0 none", 0, 4, True), "tau": Option("noise: 0 the ODE, 1 the SDE", 0, 10),
+        "s_tmin": CHURN["s_tmin"], "s_tmax": CHURN["s_tmax"]}),
+    "er_sde": SamplerInfo(multistep.er_sde, "extended reverse-time SDE with less noise at the clean end", "Cui et al. 2023 (ER-SDE)", 3, True,
+                          options={"order": Option("answers that it takes", 1, 3, True), "s_noise": S_NOISE}),
+    "plms": SamplerInfo(adams.plms, "the noise of the last four answers, as early Stable Diffusion was run", "Liu et al. 2022 (PNDM)", 2),
+    "pndm": SamplerInfo(adams.pndm, "the same, begun with three Runge-Kutta steps", "Liu et al. 2022 (PNDM)", 2, between=True),
+    "ipndm": SamplerInfo(adams.ipndm, "the same, begun with lower orders", "Zhang & Chen 2023 (DEIS)", 2,
+                         options={"order": Option("answers that it takes", 1, 4, True)}),
+    "lms": SamplerInfo(adams.lms, "a polynomial in sigma through the noise of the last answers", "k-diffusion", 2,
+                       options={"order": Option("answers that it takes", 1, 4, True)}),
+    "deis": SamplerInfo(adams.deis, "a polynomial in log sigma through the noise of the last answers", "Zhang & Chen 2023 (DEIS)", 2,
+                        options={"order": Option("answers that it takes", 1, 4, True)}),
+    "rk45": SamplerInfo(ode.rk45, "the probability-flow ODE by a Runge-Kutta method, to a tolerance if one is given", "Song et al. 2021 (score SDE)",
+                        5, False, 6, {"rtol": Option("relative tolerance, 0 for fixed steps", 0, 1), "atol": Option("absolute tolerance", 1e-12, 1)}, True),
+    "restart": SamplerInfo(one_step.restart, "Heun, and back up to more noise in between", "Xu et al. 2023 (Restart)", 2, True, 2, {
+        "times": Option("restarts", 1, 100, True), "inner": Option("steps of each way back down", 1, 100, True),
+        "s_low": Option("ratio sigma / alpha that it restarts from", 1e-4, 1e4), "s_high": Option("ratio sigma / alpha that it goes back to", 1e-4, 1e4)}, True),
+    "lcm": SamplerInfo(one_step.lcm, "for latent consistency models: x0, and all noise anew", "Luo et al. 2023 (LCM)", 1, True),
+    "consistency": SamplerInfo(one_step.consistency, "for consistency models, in one step or few", "Song et al. 2023 (consistency models)", 1, True,
+                               options={"s_min": Option("ratio sigma / alpha that the model stops at", 0, 10), "s_noise": S_NOISE}),
+    "tcd": SamplerInfo(one_step.tcd, "for trajectory consistency models: past the target, and noise back up", "Zheng et al. 2024 (TCD)", 1, True,
+                       options={"gamma": Option("how far past the target: 0 not at all, 1 to the clean end", 0, 1)}, between=True),
+    "annealed_langevin": SamplerInfo(langevin.annealed_langevin, "for score models: Langevin's walk at each level", "Song & Ermon 2019 (NCSN)", 1, True, 5,
+                                     {"inner": Option("steps at each level", 1, 1000, True), "step": Option("step size in sigma²", 1e-6, 1)}),
+    "predictor_corrector": SamplerInfo(langevin.predictor_corrector, "for score models: Langevin steps, then a step down", "Song et al. 2021 (score SDE)",
+                                       1, True, 2, {"snr": Option("the corrector's signal-to-noise ratio", 0, 1),
+                                                    "corrector_steps": Option("corrections at each level", 0, 100, True),
+                                                    "predictor": Option("the step down", choices=("ancestral", "reverse", "none"))}),
 }
 
 
@@ -222,23 +164,34 @@ def sampler(name: str) -> SamplerInfo:
     """The sampler of this exact name; otherwise RequestError, which knows what other programs call it."""
     if name in SAMPLERS:
         return SAMPLERS[name]
-    plain = _plain(name)
-    ours = {_plain(own): own for own in SAMPLERS}
-    known = {**ours, **_ALIASES}
-    close = difflib.get_close_matches(plain, known, 1, cutoff=0.7)
-    hint = f"did you mean {known[close[0]]!r}{_spacing_hint(name)}? " if close else ""
-    raise RequestError(f"unknown sampler {name!r}: {hint}Choose one of {', '.join(SAMPLERS)}.")
+    found = foreign(name) if isinstance(name, str) else None
+    found = found or nearest(name, SAMPLERS)
+    raise RequestError(f"unknown sampler {name!r}: {_hint(found)}Choose one of {', '.join(SAMPLERS)}.")
 
 
-def _plain(name: object) -> str:
-    """A name without what programs spell differently: "DPM++ 2M Karras" and "dpmpp_2m" are both "dpmpp2m"."""
-    text = str(name).lower().replace("+", "p")
-    for word in ("scheduler", "karras", "exponential", "k_", "sampler"):
-        text = text.replace(word, "")
-    return "".join(letter for letter in text if letter.isalnum())
+def _hint(found: Ours | None) -> str:
+    """What to say instead of a foreign name."""
+    if found is None:
+        return ""
+    if found.sampler is None:
+        return f"{found.note}. " if found.note else ""
+    said = [f"spacing {found.spacing!r}"] if found.spacing else []
+    said += [f"{name} {value!r}" for name, value in found.options.items()]
+    return f"did you mean {found.sampler!r}{' with ' + ' and '.join(said) if said else ''}? "
 
 
-def _spacing_hint(name: object) -> str:
-    """A1111 puts the spacing into the sampler's name; here it is an option of its own."""
-    words = [word for word in ("karras", "exponential") if word in str(name).lower()]
-    return f" with spacing {words[0]!r}" if words else ""
+def asked(name: str, levels: Sequence[Level], options: Mapping[str, Any] | None = None) -> tuple[Level, ...]:
+    """The levels at which this sampler will ask its denoiser, in order: a dry run on a single number.
+
+    Exact for every sampler but `rk45` with a tolerance, whose steps depend on the network. Raises RequestError as the run itself would.
+    """
+    seen: list[Level] = []
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        seen.append(level)
+        return 0.5 * x
+
+    one = torch.ones((1, 1), dtype=torch.float64)
+    for _ in sampler(name).function(denoise, one, levels, noise=lambda: one, **(options or {})):
+        pass
+    return tuple(seen)

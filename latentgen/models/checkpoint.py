@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentgen.conditioning.tokens import Tokens, read_tokens
 from latentgen.errors import ModelError
@@ -19,6 +19,12 @@ from latentgen.models.convert import find_prefix
 from latentgen.models.family import Config, Family, FamilyFile, Model, Part
 from latentgen.models.load import Source, check_config, check_fit, digest, part_config, weights_files
 from latentgen.models.pickles import refuse_pickle
+
+if TYPE_CHECKING:
+    from latentgen.models.identify import Identified
+    from latentgen.models.inspect import Report
+
+KINDS = {"text": ("text encoder", "image encoder"), "denoiser": ("denoiser", "checkpoint"), "encoder": ("VAE",), "decoder": ("VAE",)}  # of a part's files
 
 
 @dataclass(frozen=True)
@@ -83,11 +89,17 @@ def open_checkpoint(source: str | Path | None = None, *, card: str | None = None
         ModelError: nothing there, damaged, unknown, of another kind, or parts are missing.
     """
     said = dict(parts or {})
-    if source is None and "denoiser" in said:
-        source = said["denoiser"]
+    alone = source is None and "denoiser" in said
     as_card = None if card is None else find_card(card)
-    own, place = _locate(source, report)
-    found = _from_folder(place, own or as_card, allow_pickle) if place.is_dir() else _from_file(place, own or as_card, config, allow_pickle)
+    own, place = _locate(said.pop("denoiser") if alone else source, report)
+    if own and as_card and own.family != as_card.family:
+        raise ModelError(f"{place.name} is of the family {own.family} but the card {as_card.name!r} is of {as_card.family}: leave card= out")
+    if place.is_file() or (alone and not (place / "model_index.json").is_file()):
+        found = _from_file(place, own or as_card, config, allow_pickle)
+    elif config is not None:
+        raise ModelError(f"config= is for a file, and {place.name} is a folder with configs of its own: leave config= out, or name a file")
+    else:
+        found = _from_folder(place, own or as_card, allow_pickle)
     return _assembled(found, as_card or own or Card(name=place.stem if place.is_file() else place.name, family=found.family, folder=place), said, allow_pickle)
 
 
@@ -129,12 +141,17 @@ def _locate(source: str | Path | None, report: Callable[[int, int, str], object]
     return card, hub.fetch_pipeline(snapshot, progress=report)
 
 
+def _root(folder: Path) -> Path:
+    """What no file of a folder may lie outside of: itself, or the part of the hub's cache that it is in, whose snapshots link to files beside them."""
+    return next((near.parent.parent for near in (folder, folder.parent) if near.parent.name == "snapshots"), folder)
+
+
 def _from_folder(folder: Path, card: Card | None, allow_pickle: bool) -> _Found:
     """A diffusers layout: parts in folders of their own, each with a config.json."""
     index = part_config(folder, "model_index.json") if (folder / "model_index.json").is_file() else {}
     family, variant = (card.family, card.variant) if card else _family_of_folder(folder, index, allow_pickle)
     parts = family_file(family).PARTS
-    root = folder.parent.parent if folder.parent.name == "snapshots" else folder  # the hub's cache keeps files beside its snapshots, and links to them
+    root = _root(folder)
     here = [p for p in parts if (folder / p.name).is_dir() and index.get(p.name, [1, 1])[0] is not None]
     configs: dict[str, Config] = {p.name: part_config(folder / p.name) for p in here}
     for name, config in configs.items():
@@ -149,15 +166,14 @@ def _from_folder(folder: Path, card: Card | None, allow_pickle: bool) -> _Found:
 def _family_of_folder(folder: Path, index: Config, allow_pickle: bool) -> tuple[str, str]:
     """Family and variant of a folder without a card: by its denoiser's tensors, else by the pipeline class that its index names."""
     from latentgen.models.identify import identify
-    from latentgen.models.inspect import folder_variant
+    from latentgen.models.inspect import folder_scheduler, folder_variant
 
     for name in ("unet", "transformer"):
         if (folder / name).is_dir():
-            root = folder.parent.parent if folder.parent.name == "snapshots" else folder
-            source = Source(f"{folder.name}/{name}", weights_files(folder / name, root=root, allow_pickle=allow_pickle), {})
+            source = Source(f"{folder.name}/{name}", weights_files(folder / name, root=_root(folder), allow_pickle=allow_pickle), {})
             found = identify({k: t.shape for h in source.headers() for k, t in h.tensors.items()})
             if found is not None:
-                return found.family, folder_variant("", found, index)[0]
+                return found.family, folder_variant("", found, index, folder_scheduler(folder))[0]
     said = index.get("_class_name")
     fitting = [name for name in families() if said in family_file(name).INDEX]
     if fitting:
@@ -167,19 +183,17 @@ def _family_of_folder(folder: Path, index: Config, allow_pickle: bool) -> tuple[
 
 
 def _from_file(path: Path, card: Card | None, config: str | Path | None, allow_pickle: bool) -> _Found:
-    """A single file: the denoiser, and whatever lies beside it."""
+    """A single file: the denoiser, and whatever lies beside it. Or the folder of a denoiser alone."""
     from latentgen.models.identify import identify
     from latentgen.models.inspect import inspect, said_prediction, told_variant
 
-    if not allow_pickle:
-        refuse_pickle(path)
-    headers = Source(path.name, (path,), {}).headers()
+    files, own = _stored(path, allow_pickle)
+    headers = Source(path.name, files, {}).headers()
     shapes = {name: t.shape for h in headers for name, t in h.tensors.items()}
     found = identify(shapes)
     given = Path(config) if config is not None and Path(config).is_dir() else None
     if found is None and given is None:
-        raise ModelError(f"{path.name} is {inspect(path).what}: expected a checkpoint or a denoiser of one of {', '.join(families())}; "
-                         "`latentgen inspect` tells more, config= names configs for one of an unusual size")
+        raise _not_a_denoiser(inspect(path), path)
     notes: tuple[str, ...] = ()
     if given is not None:
         whole = _from_folder_configs(given)
@@ -188,20 +202,63 @@ def _from_file(path: Path, card: Card | None, config: str | Path | None, allow_p
         assert found is not None
         family, tokenizers = found.family, {}
         variant, notes = told_variant(found, said_prediction(shapes, headers[0].metadata))
+        if card is not None and card.family != family:
+            raise ModelError(f"{path.name} is of the family {family} but the card {card.name!r} is of {card.family}: leave card= out, or give the file that it is for")
         if config is not None or (card and card.variant):
             variant, notes = str(config) if config is not None else card.variant if card else "", ()
         configs = _published_configs(variant)
-        if card is not None and card.family != family:
-            raise ModelError(f"{path.name} is of the family {family} but the card {card.name!r} is of {card.family}: leave card= out, or give the file that it is for")
+        _check_variant(path, found, variant, "config=" if config is not None else "card=")
+    denoiser = next((p.name for p in family_file(family).PARTS if "denoiser" in p.stages and p.name in configs), "")
+    if own is not None and denoiser:
+        configs = {**configs, denoiser: own}
     sources = {}
     for part in family_file(family).PARTS:
         if part.name not in configs:
             continue
-        if "denoiser" in part.stages and found is not None and found.layout == "diffusers":
-            sources[part.name] = Source(path.name, (path,), configs[part.name])
+        if part.name == denoiser and (own is not None or (found is not None and found.layout == "diffusers")):
+            sources[part.name] = Source(path.name, files, configs[part.name])
         elif part.original is not None and find_prefix(shapes, part.original) is not None:
-            sources[part.name] = Source(f"{path.name} ({part.name})", (path,), configs[part.name], original=True)
+            sources[part.name] = Source(f"{path.name} ({part.name})", files, configs[part.name], original=True)
+    if not sources and denoiser:  # only where a folder says what it is: a denoiser of an unusual size, in the names of its own module
+        if (report := inspect(path)).kind != "unknown":
+            raise _not_a_denoiser(report, path)
+        sources[denoiser] = Source(path.name, files, configs[denoiser])
     return _Found(family, variant, configs, sources, tokenizers, path.name, notes, scheduled=given is not None)
+
+
+def _stored(place: Path, allow_pickle: bool) -> tuple[tuple[Path, ...], Config | None]:
+    """The files of a part from elsewhere, and its config where it has one beside it: from its folder, or a file of its own."""
+    if place.is_dir():
+        return weights_files(place, root=_root(place), allow_pickle=allow_pickle), part_config(place)
+    if not allow_pickle:
+        refuse_pickle(place)
+    return (place,), None
+
+
+def _not_a_denoiser(report: Report, path: Path) -> ModelError:
+    """What to do with a file that is something else."""
+    from latentgen.models.inspect import ADAPTERS
+
+    expected = f"expected a checkpoint or a denoiser of one of {', '.join(families())}"
+    if report.kind in ADAPTERS:
+        return ModelError(f"{path.name} is {report.what}: {expected}, so load the checkpoint that it was made for")
+    if report.kind in ("VAE", "text encoder"):
+        keyword = "vae=" if report.kind == "VAE" else "text_encoder="
+        return ModelError(f"{path.name} is {report.what}: {expected}, so load one of these and name the file beside it, as {keyword}")
+    return ModelError(f"{path.name} is {report.what}: {expected}; `latentgen inspect` tells more, config= names a folder with configs for one of "
+                      "an unusual size")
+
+
+def _check_variant(path: Path, found: Identified, variant: str, said: str) -> None:
+    """
+    Raises:
+        ModelError: the tensors are those of another published variant than the one that was said.
+    """
+    from latentgen.models.identify import family_files, twins
+
+    signed = {signature.variant for _, file in family_files() for signature in file.SIGNATURES}
+    if variant in signed and variant not in twins(found):
+        raise ModelError(f"{path.name} is {found.variant} by its tensors but {said} says {variant}: leave {said} out, or give the file that it is for")
 
 
 def _from_folder_configs(folder: Path) -> _Found:
@@ -234,7 +291,7 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pic
         part = _named_part(file, name, found.family)
         if part is None:
             places[name] = _there(path, name)
-        elif not (name == "denoiser" and part.name in sources):
+        else:
             sources[part.name] = _part_source(_there(path, name), part, configs.get(part.name), allow_pickle)
             configs[part.name] = sources[part.name].config
     for part in file.PARTS:
@@ -284,15 +341,21 @@ def _there(path: str | Path, name: str) -> Path:
 
 def _part_source(place: Path, part: Part, config: Config | None, allow_pickle: bool) -> Source:
     """A part from a file or folder of its own; its config from that folder, else the published one."""
-    if place.is_dir():
-        return Source(f"{place.parent.name}/{place.name}", weights_files(place, allow_pickle=allow_pickle), part_config(place))
-    if not allow_pickle:
-        refuse_pickle(place)
+    from latentgen.models.inspect import inspect
+
+    files, own = _stored(place, allow_pickle)
+    if own is not None:
+        return Source(f"{place.parent.name}/{place.name}", files, own)
     if config is None:
         raise ModelError(f"{place.name} is given as {part.name}, whose config is not known: put it into a folder with its config.json and name that")
-    source = Source(place.name, (place,), config)
+    source = Source(place.name, files, config)
     names = {name for h in source.headers() for name in h.tensors}
-    return replace(source, original=part.original is not None and find_prefix(names, part.original) is not None)
+    if part.original is not None and find_prefix(names, part.original) is not None:
+        return replace(source, original=True)
+    report = inspect(place)
+    if report.kind != "unknown" and report.kind not in {kind for stage in part.stages for kind in KINDS[stage]}:
+        raise ModelError(f"{place.name} is {report.what} but is given as {part.name}: expected a {part.cls.rpartition('.')[2]}, so name a file with that")
+    return source
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -37,7 +37,7 @@ SPELLINGS = (  # older names of module tensors, as (what stood there, what stand
     (r"^text_model\.", ""), (r"^", "text_model."),
     (r"^visual\.", "model.visual."), (r"^model\.", "model.language_model."),
     (r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."), (r"^", "model."),
     (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."), (r"\.proj_attn\.", ".to_out.0."),
 )
 

@@ -250,8 +250,9 @@ def _folder(folder: Path) -> Report:
     if not family:
         said = f"no family of this version takes its pipeline {index.get('_class_name')!r:.60} or its denoiser"
         return replace(report, notes=(said,), parts=tuple(headers))
-    variant, notes = folder_variant(own.variant if own else "", found, index)
-    said = _scheduler_prediction(folder)
+    scheduler = folder_scheduler(folder)
+    variant, notes = folder_variant(own.variant if own else "", found, index, scheduler)
+    said = _scheduler_prediction(scheduler)
     whole = built(family, variant)
     parts = tuple(p for p in (whole.parts if whole else parts_of(family, variant)) if not (p.optional and index.get(p.name) == [None, None]))
     present = tuple(p for p in parts if p.name in headers)
@@ -261,12 +262,24 @@ def _folder(folder: Path) -> Report:
                    **_absent(family, variant, parts, present, tokenizers))
 
 
-def folder_variant(own: str, found: Identified | None, index: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """A card's word, else the denoiser's tensors, and where those are of several variants the one whose pipeline the index names."""
+def folder_variant(own: str, found: Identified | None, index: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """A card's word, else the denoiser's tensors, and where those are of several variants the one whose pipeline the index names.
+
+    Several of one pipeline are told apart by the scheduler: the one of which it says most.
+    """
     if own or found is None:
         return own, () if own else ("its denoiser has the size of no published variant",)
     named = [v for v in twins(found) if configs(v).get("model_index", {}).get("_class_name") == index.get("_class_name")]
-    return (named[0] if named else found.variant), ()
+    return max(named, key=lambda v: sum(scheduler.get(k) == x for k, x in configs(v)["scheduler"].items()), default=found.variant), ()
+
+
+def folder_scheduler(folder: Path) -> Mapping[str, Any]:
+    """The scheduler's config of a diffusers layout, {} where none can be read."""
+    place = folder / "scheduler"
+    try:
+        return part_config(place, "scheduler_config.json") if (place / "scheduler_config.json").is_file() else {}
+    except ModelError:
+        return {}
 
 
 def _has_weights(place: Path) -> bool:
@@ -293,12 +306,7 @@ def _headers(folder: Path, names: set[str]) -> tuple[dict[str, tuple[Header, ...
     return headers, damage
 
 
-def _scheduler_prediction(folder: Path) -> str | None:
-    place = folder / "scheduler"
-    try:
-        config = part_config(place, "scheduler_config.json") if (place / "scheduler_config.json").is_file() else {}
-    except ModelError:
-        return None
+def _scheduler_prediction(config: Mapping[str, Any]) -> str | None:
     flow = str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
     return "flow" if flow else PREDICTIONS.get(str(config.get("prediction_type")))
 

@@ -1,4 +1,4 @@
-"""Files to modules. Knows safetensors, configs and a fixed list of classes; knows no request and moves nothing between devices.
+"""Files to modules. Knows safetensors, configs and the classes that families declare; knows no request and moves nothing between devices.
 
 Weights are memory-mapped and assigned to a module whose parameters were made on the meta device, so a part costs its weights once. Nothing from a
 folder is executed: the class comes from the family's declaration, the config gives numbers only, and pickles are refused unless they are asked for.
@@ -28,30 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
-_UNETS, _TRANSFORMERS, _VAES, _TEXT = "diffusers.models.unets", "diffusers.models.transformers", "diffusers.models.autoencoders", "transformers.models"
-CLASSES = {  # declared name -> where it lives; nothing else is ever instantiated
-    "diffusers.UNet2DConditionModel": f"{_UNETS}.unet_2d_condition",
-    "diffusers.SD3Transformer2DModel": f"{_TRANSFORMERS}.transformer_sd3",
-    "diffusers.FluxTransformer2DModel": f"{_TRANSFORMERS}.transformer_flux",
-    "diffusers.Flux2Transformer2DModel": f"{_TRANSFORMERS}.transformer_flux2",
-    "diffusers.PixArtTransformer2DModel": f"{_TRANSFORMERS}.pixart_transformer_2d",
-    "diffusers.ZImageTransformer2DModel": f"{_TRANSFORMERS}.transformer_z_image",
-    "diffusers.QwenImageTransformer2DModel": f"{_TRANSFORMERS}.transformer_qwenimage",
-    "diffusers.AutoencoderKL": f"{_VAES}.autoencoder_kl",
-    "diffusers.AutoencoderTiny": f"{_VAES}.autoencoder_tiny",
-    "diffusers.AutoencoderKLFlux2": f"{_VAES}.autoencoder_kl_flux2",
-    "diffusers.AutoencoderKLQwenImage": f"{_VAES}.autoencoder_kl_qwenimage",
-    "transformers.CLIPTextModel": f"{_TEXT}.clip.modeling_clip",
-    "transformers.CLIPVisionModelWithProjection": f"{_TEXT}.clip.modeling_clip",
-    "transformers.CLIPTextModelWithProjection": f"{_TEXT}.clip.modeling_clip",
-    "transformers.T5EncoderModel": f"{_TEXT}.t5.modeling_t5",
-    "transformers.Qwen2_5_VLForConditionalGeneration": f"{_TEXT}.qwen2_5_vl.modeling_qwen2_5_vl",
-    "transformers.Qwen3ForCausalLM": f"{_TEXT}.qwen3.modeling_qwen3",
-    "transformers.Qwen3Model": f"{_TEXT}.qwen3.modeling_qwen3",
-    "transformers.Mistral3ForConditionalGeneration": f"{_TEXT}.mistral3.modeling_mistral3",
-}
+LIBRARIES = ("diffusers", "transformers")
 MAX_NUMBER, MAX_ITEMS, MAX_LAYERS = 2**20, 4096, 512  # of a config: no published checkpoint comes near
 WHOLE = 256 * 2**20  # files up to this size are hashed in full, larger ones by samples
+ALIGNED = 64  # bytes, as torch allocates
 NAMES = ("diffusion_pytorch_model", "model")
 GENERAL = "Transformer2DModel"  # what configs call a class that got a name of its own only after they were published
 
@@ -98,14 +78,12 @@ def empty_module(source: Source, part: Part) -> nn.Module:
     Raises:
         ModelError: an unknown class, or a config that does not fit it.
     """
-    if part.cls not in CLASSES:
-        raise ModelError(f"{part.cls!r} is not a class that parts may have: expected one of {', '.join(CLASSES)}")
     library, name = part.cls.split(".")
+    cls = part_class(part.cls)
     check_config(source.config, source.label)
     said = source.config.get("_class_name", name)
     if said != name and not (said == GENERAL and name.endswith(GENERAL)):
         raise ModelError(f"the config of {source.label} describes a {shorten(str(said), 60)}: expected {name}, so another part's files may lie there")
-    cls = getattr(import_module(CLASSES[part.cls]), name)
     try:
         with _EmptyOnMeta():
             if library == "diffusers":
@@ -113,6 +91,19 @@ def empty_module(source: Source, part: Part) -> nn.Module:
             return cls(cls.config_class(**source.config, attn_implementation="sdpa"))
     except Exception as error:
         raise ModelError(f"the config of {source.label} does not fit {name}: {shorten(str(error), 200)}") from error
+
+
+def part_class(declared: str) -> type:
+    """The class of a declaration, "diffusers.AutoencoderKL". Declarations are code of this library: no name that a folder brings is ever looked up.
+
+    Raises:
+        ModelError: another library, or no network of that name in this version of it.
+    """
+    library, _, name = declared.partition(".")
+    found = getattr(import_module(library), name, None) if library in LIBRARIES else None
+    if not isinstance(found, type):
+        raise ModelError(f"{declared!r} is not a class that parts may have: expected one of {' or '.join(LIBRARIES)}, so install a version that has it")
+    return found
 
 
 def check_fit(source: Source, part: Part) -> None:
@@ -194,13 +185,16 @@ def _compare(tensors: Mapping[str, Tensor], module: nn.Module, label: str) -> No
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> Tensor:
-    """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped)."""
+    """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped, unless it is misaligned)."""
     import torch
 
     if not tensor.is_floating_point():
         return tensor
     layout = torch.channels_last if images and tensor.ndim == 4 else torch.preserve_format
-    return tensor.to(dtype=torch.float32 if keep else dtype, memory_format=layout)
+    ready = tensor.to(dtype=torch.float32 if keep else dtype, memory_format=layout)
+    if ready is tensor and ready.dtype == torch.float32 and ready.data_ptr() % ALIGNED:
+        return tensor.clone()  # float32 products round by where a tensor begins: the same weights in another file must give the same picture
+    return ready
 
 
 def _check_finite(tensors: Mapping[str, Tensor], label: str) -> None:

@@ -91,18 +91,22 @@ def _entries(image: Image.Image) -> dict[str, str]:
     for tag in _TEXT_TAGS:
         found |= _described(exif.get(tag))
     text = _comment_text(exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT, b""))
-    return found | ({PARAMETERS: text} if text else {})
+    return found | (_object(text) or {PARAMETERS: text} if text else {})
 
 
 def _described(text: object) -> dict[str, str]:
     """Entries of one of EXIF's own texts: ours, all in one JSON object, or ComfyUI's, whose JSON follows its name and a colon."""
-    if not isinstance(text, str) or len(text) > MAX_TEXT:
+    if not isinstance(text, str):
         return {}
     name, _, rest = text.partition(":")
-    if name.strip().lower() in ("prompt", "workflow"):
-        return {name.strip().lower(): rest.strip()}
+    name = name.strip().lower()
+    return {name: rest.strip()} if name in ("prompt", "workflow") else _object(text)
+
+
+def _object(text: str) -> dict[str, str]:
+    """The entries of a JSON object of texts, {} for anything else."""
     with suppress(ValueError, RecursionError):
-        entries = json.loads(text)
+        entries = json.loads(text) if len(text) <= 4 * MAX_TEXT else None
         if isinstance(entries, dict) and all(isinstance(value, str) for value in entries.values()):
             return entries
     return {}

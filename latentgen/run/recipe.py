@@ -1,14 +1,25 @@
-"""The recipe: everything that reproduces a picture, as plain data for its file. Knows plans; no paths and no secrets go in."""
+"""The recipe: everything that reproduces a picture, as plain data for its file, and back. Knows plans and requests; no paths and no secrets go in.
+
+A picture's file holds it as JSON under "latentgen", and beside it A1111's `parameters` text for other programs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from latentgen.errors import ImageError, RequestError
+from latentgen.pixels.save import PARAMETERS, read_metadata
+from latentgen.run.foreign import Foreign, read_foreign
+from latentgen.run.parameters import write_parameters
+from latentgen.run.request import Request
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,15 +27,61 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
 
 KEY = "latentgen"
-SAID = ("width", "height", "left", "right", "top", "bottom", "feather", "shift", "fit", "batch", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3",
-        "true_cfg_scale", "image_guidance_scale", "original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left",
-        "negative_target_size", "aesthetic_score", "negative_aesthetic_score", "denoising_start", "denoising_end")
+PICTURES = ("image", "mask", "reference", "latents")  # fields of a request that no file carries: a recipe knows their hashes
+ALWAYS = ("prompt", "negative_prompt", "batch")  # said even where they are as they would be anyway
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a picture's file says of how latentgen made it.
+
+    Attributes:
+        data: see `make_recipe`, with the seed of this picture and the `pixels_sha256` that it had.
+    """
+
+    data: Mapping[str, Any]
+
+    @property
+    def tool(self) -> str:
+        """"latentgen" and its version."""
+        return f"latentgen {_table(self.data, 'versions').get('latentgen', '')}".strip()
+
+    @property
+    def model(self) -> str:
+        """What the model was called; what it is, `data["weights"]` tells."""
+        return str(self.data.get("model", ""))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was adjusted while it was made."""
+        notes = self.data.get("notes")
+        return tuple(map(str, notes)) if isinstance(notes, list) else ()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a `Request` takes, without pictures."""
+        return {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The pictures that it was made from: of "image", "mask", "reference" and "latents"."""
+        drawn = self.data.get("task") == "outpaint"  # its mask follows from the sides
+        return tuple(name for name in PICTURES if f"{name}_sha256" in self.data and not (name == "mask" and drawn))
+
+    def request(self, **changes: Any) -> Request:
+        """The request that made it, with its source pictures, and anything else that is to be different, in `changes`.
+
+        Raises:
+            RequestError: the recipe was altered and says what no request can, or a change is wrong.
+        """
+        return Request(**({"prompt": ""} | self.fields | changes))
 
 
 def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, Any]:
     """The request with every default filled in, the model's digest, versions and notes; JSON-ready. Source pictures are named by hash only.
 
-    Every key that a `Request` has too may be given back to one as it is: with the same pictures, that makes the same picture.
+    Every key that a `Request` has too may be given back to one as it is: with the same pictures, that makes the same picture. `batch` is the number
+    of pictures that were made; `rows`, where it is above 1, how many of them the network saw at once, which may change the last bits on a GPU.
     """
     request = plan.request
     recipe: dict[str, Any] = {
@@ -32,29 +89,99 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0], **plan.options}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
-    recipe |= {n: list(v) if isinstance(v, tuple) else v for n in SAID if (v := getattr(request, n)) is not None and v != 0 and v != "" and n not in recipe}
-    recipe |= {"clip_skip": request.clip_skip} if request.clip_skip > 1 else {}
-    recipe |= {"reference_sha256": [_hash(picture) for picture in plan.references]} if plan.references else {}
+    recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in
+    recipe |= {name: value for name, value in _said(request).items() if name not in recipe}
+    recipe |= {"reference_sha256": [picture_hash(picture) for picture in plan.references]} if plan.references else {}
     recipe |= {"latents_sha256": hashlib.sha256(request.latents.float().cpu().numpy().tobytes()).hexdigest()} if request.latents is not None else {}
-    if not request.strict:
-        recipe["strict"] = False  # what was ignored with a note would else be refused
     if plan.source is not None:
-        recipe |= {"image_sha256": _hash(plan.source.image)} | ({} if plan.task == "outpaint" else {"strength": plan.strength})
+        recipe |= {"image_sha256": picture_hash(plan.source.image)} | ({} if plan.task == "outpaint" else {"strength": plan.strength})
         if plan.source.mask is not None:
             recipe["mask_sha256"] = hashlib.sha256(plan.source.mask.numpy().tobytes()).hexdigest()
+    levels = " ".join(f"{level.alpha:.9g},{level.sigma:.9g}" for level in plan.levels)
+    recipe |= {"levels_sha256": hashlib.sha256(levels.encode()).hexdigest()[:16]} | ({"rows": plan.rows} if plan.rows > 1 else {})
+    return recipe | {"dtype": plan.dtype, "device": plan.device.split(":")[0], "versions": _versions(plan.device), "notes": list(notes)}
+
+
+def metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image | None = None) -> dict[str, str]:
+    """What goes into one picture's file: the recipe with that picture's own seed and a batch of one, and the same for other programs.
+
+    Args:
+        image: the picture itself. Its hash lets a file that is not exact (JPEG, WebP) be checked when it is made again.
+    """
+    own = {k: v for k, v in recipe.items() if k != "batch"} | {"seed": seed}
+    own |= {} if image is None else {"pixels_sha256": picture_hash(image)}
+    size = None if image is None else image.size
+    return {KEY: json.dumps(own, ensure_ascii=False, sort_keys=True), PARAMETERS: write_parameters(own, size=size)}
+
+
+def read_recipe(source: Image.Image | str | Path | bytes) -> Recipe | Foreign | None:
+    """What a picture's file says of how it was made, by latentgen or another program; None where it says nothing.
+
+    Nothing that a file says is run or opened: it is text, at most `save.MAX_TEXT` letters of it, and what it claims is checked when a `Request` is made.
+
+    Args:
+        source: a PNG, JPEG or WebP file, its bytes, or an image opened from one.
+
+    Raises:
+        ImageError: no picture, or it says something, and all of that is damaged.
+    """
+    texts = read_metadata(source)
+    damage = ""
+    if KEY in texts:
+        try:
+            data = json.loads(texts[KEY])
+            if isinstance(data, dict):
+                return Recipe(data)
+            damage = f"it is a {type(data).__name__}"
+        except (ValueError, RecursionError) as error:
+            damage = str(error) or type(error).__name__
+    found = read_foreign(texts)
+    if damage and found is None:
+        raise ImageError(f"the picture's recipe is damaged ({damage}): take the file as it was saved, or say the request in words")
+    return found.noted(f"the recipe of latentgen in the file is damaged ({damage})") if damage and found is not None else found
+
+
+def as_recipe(made: Any) -> Recipe | Foreign:
+    """`read_recipe` for what must have one; a `Recipe` or `Foreign` comes back as it is.
+
+    Raises:
+        ImageError: no picture, or one that says nothing of how it was made. RequestError: neither a picture nor a recipe.
+    """
+    if isinstance(made, (Recipe, Foreign)):
+        return made
+    if not hasattr(made, "getexif") and not isinstance(made, (str, Path, bytes)):
+        raise RequestError(f"a {type(made).__name__} was given: expected a picture's file, its bytes, or an image opened from it")
+    found = read_recipe(made)
+    if found is None:
+        raise ImageError("the picture says nothing of how it was made: take the file as it was saved, for editors and web pages often drop the text")
+    return found
+
+
+def picture_hash(image: Image.Image) -> str:
+    """SHA-256 of a picture's size and pixels."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def _said(request: Request) -> dict[str, Any]:
+    """What the request says that is not as it would be anyway. Paths and objects stay out, whatever the field."""
+    found = {}
+    for name, field in Request.model_fields.items():
+        value = getattr(request, name)
+        if name not in PICTURES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list)):
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _versions(device: str) -> dict[str, str]:
+    """What may change the last bits of a picture: versions, and the arithmetic of the processor. No names of machines."""
     try:
         ours = version("latentgen")
     except PackageNotFoundError:
         ours = "source"
-    recipe |= {"dtype": plan.dtype, "device": plan.device.split(":")[0], "versions": {"latentgen": ours, "torch": torch.__version__}, "notes": list(notes)}
-    return recipe
+    kernels = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    return {"latentgen": ours, "torch": torch.__version__, "kernels": kernels}
 
 
-def metadata(recipe: Mapping[str, Any], seed: int) -> dict[str, str]:
-    """What goes into one picture's file: the recipe with that picture's own seed and a batch of one."""
-    own = {k: v for k, v in recipe.items() if k != "batch"} | {"seed": seed}
-    return {KEY: json.dumps(own, ensure_ascii=False, sort_keys=True)}
-
-
-def _hash(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = data.get(name)
+    return value if isinstance(value, dict) else {}

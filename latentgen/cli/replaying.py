@@ -1,0 +1,120 @@
+"""recipe and replay: what a picture's file says of how it was made, and making it again. Knows what is printed and the exit codes; the work is in run/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentgen.cli.options import MACHINE, opened, takes
+from latentgen.errors import OutputError, RequestError
+
+if TYPE_CHECKING:
+    from latentgen.run.recipe import Foreign, Recipe
+
+EXAMPLES = {
+    "recipe": "Example:  latentgen recipe heart.png",
+    "replay": "Example:  latentgen replay heart.png",
+}
+File = Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP as it was saved.", metavar="PICTURE", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+_PICTURES = "What it was made from"
+Source = Annotated[Path | None, typer.Option("--image", help="The picture that it was redrawn from.", rich_help_panel=_PICTURES, metavar="FILE")]
+Mask = Annotated[Path | None, typer.Option("--mask", help="Its mask.", rich_help_panel=_PICTURES, metavar="FILE")]
+Reference = Annotated[list[Path] | None, typer.Option("--reference", help="The picture that the model looked at; may be said several times.",
+                                                      rich_help_panel=_PICTURES, metavar="FILE")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Keep the new picture in this file, .png, .jpg or .webp.", metavar="FILE")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print one word.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Make the nearest picture where another program made this one.")]
+_OWN = {"model": None, "device": None, "dtype": None}  # left out, they are as the recipe says
+AS_IT_WAS = tuple(p.replace(default=None) if p.name in _OWN else p for p in MACHINE)
+
+
+def recipe(file: File, as_json: AsJson = False) -> None:
+    """Tell how a picture was made, as its file says: by latentgen, or by A1111, Forge, SD.Next, ComfyUI, InvokeAI or diffusers.
+
+    Exit code 0: it says so. 2: it says nothing, or is no picture.
+    """
+    from latentgen.run.recipe import as_recipe
+
+    found = as_recipe(file)
+    typer.echo(json.dumps(_data(found), ensure_ascii=False, indent=1) if as_json else _table(found))
+
+
+@takes(AS_IT_WAS)
+def replay(file: File, image: Source = None, mask: Mask = None, reference: Reference = None, output: Output = None, anyway: Anyway = False,
+           as_json: AsJson = False, quiet: Quiet = False, **said: Any) -> None:
+    """Make a picture again from the recipe in its file, and say "identical" or what differs.
+
+    Where they are left out, the model (by its card's name), device and number type are those of the recipe. The new picture is kept only with -o.
+    Exit code 0: identical. 1: different. 2: it has no recipe, or something is wrong with it.
+    """
+    from latentgen.run.recipe import Foreign, as_recipe
+    from latentgen.run.replay import replay as again
+
+    _check_output(output)
+    found = as_recipe(file)
+    if isinstance(found, Foreign) and not anyway:
+        raise RequestError(f"{found.tool} made this picture, which cannot be made again exactly: `latentgen recipe` shows what it says, "
+                           "and --anyway makes the nearest picture")
+    pipe = opened(_as_it_was(said, found), progress=False if quiet else None)
+    done = again(pipe, found if isinstance(found, Foreign) else file, anyway=anyway, image=image, mask=mask, reference=reference or None)
+    files = [str(f) for f in done.result.save(output)] if done.result is not None and output is not None else []
+    if as_json:
+        typer.echo(json.dumps({"identical": done.identical, "differences": list(done.differences), "files": files}, ensure_ascii=False, indent=1))
+    else:
+        lines = str(done).splitlines()
+        typer.echo("\n".join([*map(_cell, lines[:1] if quiet else lines), *files]))
+    if not done.identical:
+        raise typer.Exit(1)
+
+
+def _check_output(output: Path | None) -> None:
+    """Find before anything runs what would be found when it is saved."""
+    from latentgen.pixels.save import SUFFIXES
+
+    if output is not None and output.suffix.lower() not in SUFFIXES:
+        raise RequestError(f"the file name {output.name!r} ends in {output.suffix!r}: expected .png, .jpg (.jpeg) or .webp")
+    if output is not None and not output.parent.is_dir():
+        raise OutputError(f"the folder {str(output.parent)!r} does not exist: make it first, or choose another")
+
+
+def _as_it_was(said: dict[str, Any], found: Recipe | Foreign) -> dict[str, Any]:
+    """The options of the machine, with what was left out as the recipe has it.
+
+    Raises:
+        RequestError: the recipe's model does not lie beside its card: a file is not to start a download, and only the user knows where other models are.
+    """
+    from latentgen.models.card import cards
+
+    data = getattr(found, "data", {})
+    if said["model"] is None:
+        card = cards().get(found.model)
+        if card is None or card.repo:
+            weights = f" (weights {data['weights']})" if "weights" in data else ""
+            raise RequestError(f"the picture was made with the model {found.model or 'of no name'!r}{weights}: say with --model where that is")
+        said["model"] = found.model
+    said["dtype"] = said["dtype"] or (data.get("dtype") if data.get("dtype") in ("float32", "bfloat16", "float16") else "auto")
+    said["device"] = said["device"] or ("cpu" if data.get("device") == "cpu" else "auto")
+    return said
+
+
+def _data(found: Recipe | Foreign) -> dict[str, Any]:
+    return {"tool": found.tool, "model": found.model, "fields": dict(found.fields), "needs": list(found.needs), "notes": list(found.notes)} | (
+        {"recipe": dict(found.data)} if hasattr(found, "data") else {})
+
+
+def _table(found: Recipe | Foreign) -> str:
+    rows = {"made by": found.tool, "model": found.model or "not told", **found.fields}
+    if found.needs:
+        rows["made from"] = ", ".join(found.needs) + " (not in the file)"
+    rows |= {key: value for key in ("weights", "dtype", "device") if (value := getattr(found, "data", {}).get(key))}
+    return "\n".join(f"{str(name).replace('_', ' '):<18} {_cell(value)}" for name, value in rows.items()) + "".join(f"\n{'note':<18} {_cell(n)}" for n in found.notes)
+
+
+def _cell(value: Any) -> str:
+    """A value on one line, without the control characters that a file could send to a terminal."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,0 +1,113 @@
+"""A1111's `parameters` text: prompt, negative prompt and one line of settings, which most programs read. Knows that text; no file and no request.
+
+    a red heart
+    Negative prompt: blurred
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1234, Size: 512x512, Model: name, Version: latentgen 0.1.0
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+NEGATIVE = "Negative prompt:"
+MAX_SETTINGS = 2**16  # letters of the line of settings that are read
+_SETTING = re.compile(r'(\w[\w \-/]{0,60}):[ \t]*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)')
+_JSON = json.JSONDecoder()
+_SAMPLERS = {
+    "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a",
+    "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "dpmpp_2s_ancestral": "DPM++ 2S a", "dpmpp_2m": "DPM++ 2M", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE", "lms": "LMS", "unipc": "UniPC", "lcm": "LCM", "restart": "Restart",
+}
+_SPACINGS = {
+    "linspace": "Uniform", "leading": "DDIM", "trailing": "SGM Uniform", "simple": "Simple", "normal": "Normal", "karras": "Karras", "exponential": "Exponential",
+    "polyexponential": "Polyexponential", "beta": "Beta", "kl_optimal": "KL Optimal", "ays": "Align Your Steps",
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What such a text says: both prompts as they stand, and the settings as text, in their order."""
+
+    prompt: str
+    negative_prompt: str
+    settings: Mapping[str, str]
+
+
+def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None = None) -> str:
+    """A recipe as other programs read it.
+
+    The text has no way to tell a prompt's own line "Negative prompt:" from the one that ends the prompt; such a line gets a space before its colon,
+    which CLIP reads as the same tokens.
+
+    Args:
+        recipe: see `latentgen.run.recipe.make_recipe`.
+        size: width and height of the picture in pixels, where the recipe does not tell.
+    """
+    built_in = "true_cfg_scale" in recipe  # then guidance_scale is what Forge calls distilled
+    width, height = size or (recipe.get("width"), recipe.get("height"))
+    said = {
+        "Steps": recipe.get("steps"), "Sampler": _SAMPLERS.get(str(recipe.get("sampler")), recipe.get("sampler")),
+        "Schedule type": _SPACINGS.get(str(recipe.get("spacing")), recipe.get("spacing")),
+        "CFG scale": recipe["true_cfg_scale"] if built_in else recipe.get("guidance_scale"),
+        "Distilled CFG Scale": recipe.get("guidance_scale") if built_in else None, "Image CFG scale": recipe.get("image_guidance_scale"),
+        "Seed": recipe.get("seed"), "Size": f"{width}x{height}" if width and height else None, "Model": recipe.get("model"),
+        "Denoising strength": recipe.get("strength"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
+        "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
+    }
+    settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items() if value is not None)
+    negative = str(recipe.get("negative_prompt", ""))
+    return "\n".join([_safe(str(recipe.get("prompt", ""))), *([f"{NEGATIVE} {_safe(negative)}"] if negative else []), settings])
+
+
+def read_parameters(text: str) -> Parameters | None:
+    """The parts of such a text, None where it has no line of settings. Prompts are kept letter by letter.
+
+    Time grows linearly with the text.
+    """
+    lines = text.rstrip().split("\n")
+    known = ((n, settings) for n in range(len(lines) - 1, -1, -1) if (settings := _settings(lines[n])))
+    at, settings = next(known, (0, {}))
+    if not settings:
+        return None
+    split = next((n for n in range(at) if lines[n].lstrip().startswith(NEGATIVE)), at)
+    negative = lines[split:at]
+    if negative:
+        negative[0] = negative[0].lstrip().removeprefix(NEGATIVE).removeprefix(" ")
+    return Parameters("\n".join(lines[:split]), "\n".join(negative), settings)
+
+
+def _settings(line: str) -> dict[str, str]:
+    """The settings of a line that is one: at least three, or the steps first."""
+    if ":" not in line or len(line) > MAX_SETTINGS:
+        return {}
+    found, at = {}, 0
+    while match := _SETTING.search(line, at):
+        key, value, at = match[1].strip(), match[2].strip(), match.end()
+        if value[:1] in ("{", "["):  # hashes and resources are written as bare JSON, with commas and colons of its own
+            with suppress(ValueError, RecursionError):
+                at = _JSON.raw_decode(line, line.index(value[0], match.start(2)))[1]
+                value = line[match.start(2):at].strip()
+        found[key] = _unquoted(value)
+    first = line.lstrip().startswith("Steps: ")
+    return found if found.get("Steps", "").isdigit() and (first or len(found) >= 3) else {}
+
+
+def _quoted(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
+
+
+def _unquoted(text: str) -> str:
+    if text.startswith('"'):
+        with suppress(ValueError):
+            return str(json.loads(text))
+    return text
+
+
+def _safe(prompt: str) -> str:
+    return "\n".join(line.replace(NEGATIVE, "Negative prompt :", 1) if line.lstrip().startswith(NEGATIVE) else line for line in prompt.split("\n"))

@@ -1,0 +1,147 @@
+"""Replay: a picture made again from its own recipe, and what differs. Knows recipes and the public face of a pipeline; no stage of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from latentgen.errors import RequestError
+from latentgen.pixels.image import open_image
+from latentgen.run.progress import Bar
+from latentgen.run.recipe import PICTURES, Foreign, Recipe, as_recipe, make_recipe, picture_hash
+
+if TYPE_CHECKING:
+    from latentgen.run.pipeline import Pipeline
+    from latentgen.run.plan import Plan
+    from latentgen.run.result import Result
+
+_PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", *(f"{name}_sha256" for name in PICTURES))  # compared one by one, or of no weight
+_NAMES = {"weights": "the weights", "levels_sha256": "the noise levels", "rows": "pictures per network call", "kernels": "the processor's kernels"}
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A picture made again.
+
+    Attributes:
+        result: the picture, None where it could not be run because a source picture is missing or another one.
+        identical: whether every pixel is as it was when the picture was made: compared with the file where it is exact, else with the hash in the recipe.
+        differences: each factor that is not as it was, and how far the pixels are apart; also where they came out the same.
+    """
+
+    result: Result | None
+    identical: bool
+    differences: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(["identical" if self.identical else "different", *(f"  {difference}" for difference in self.differences)])
+
+
+def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | Foreign, /, *, anyway: bool = False, **pictures: Any) -> Replayed:
+    """Make a picture again from the recipe in its file, and compare.
+
+    Source pictures are compared with the recipe's hashes before anything runs.
+
+    Args:
+        made: the file, its bytes, or an image opened from it; or its recipe, which can tell about the pixels by their hash alone.
+        anyway: run the nearest request of a picture that another program made, too; it is never identical, and its notes are the differences.
+        pictures: what it was made from: image, mask, reference, latents, as they were given then.
+
+    Raises:
+        ImageError: no picture, or none that says how it was made. RequestError: another program made it and `anyway` is off, a picture is given that it was
+            not made from, or the recipe was altered and cannot be honoured.
+    """
+    recipe = as_recipe(made)
+    for name in pictures:
+        if name not in PICTURES:
+            raise RequestError(f"{name!r} is given to replay: expected only the pictures that it was made from ({', '.join(PICTURES)}); to change it make a new one")
+    given = {name: picture for name, picture in pictures.items() if picture is not None}
+    if isinstance(recipe, Foreign):
+        return _anyway(pipe, recipe, anyway, given)
+    if extra := [name for name in given if name not in recipe.needs]:
+        raise RequestError(f"{extra[0]} is given but the picture was made without one: leave it out")
+    missing = tuple(f"{name} is missing: give the {name} that it was made from" for name in recipe.needs if name not in given)
+    if missing:
+        return Replayed(None, False, missing)
+    plan = pipe.plan(recipe.request(**given))
+    now = make_recipe(plan, pipe.checkpoint.digest, plan.notes)
+    sources = tuple(f"{name} is not the picture that it was made from" for name in recipe.needs if now.get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
+    if sources:
+        return Replayed(None, False, sources)
+    result = _run(pipe, plan)
+    pixels = _pixels(recipe, result.image, None if isinstance(made, Recipe) else made)
+    return Replayed(result, not pixels, (*_factors(recipe.data, now), *pixels))
+
+
+def _anyway(pipe: Pipeline, recipe: Foreign, anyway: bool, given: Mapping[str, Any]) -> Replayed:
+    if not anyway:
+        raise RequestError(f"{recipe.tool} made this picture, and what another program made cannot be made again exactly: pass anyway=True for the nearest request")
+    missing = tuple(f"{name} is missing: give the {name} that it was made from" for name in recipe.needs if name not in given)
+    if missing:
+        return Replayed(None, False, missing)
+    result = _run(pipe, pipe.plan(recipe.request(strict=False, **given)))
+    return Replayed(result, False, (f"{recipe.tool} made it", *recipe.notes, *result.notes))
+
+
+def _run(pipe: Pipeline, plan: Plan) -> Result:
+    run = pipe.stream(plan)
+    with closing(run), Bar(plan, pipe.progress) as bar:
+        for step in run:
+            bar.step(step)
+        return run.result
+
+
+def _factors(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is not as it was, of all that a recipe tells."""
+    found = []
+    versions = [recipe.get("versions") if isinstance(recipe.get("versions"), dict) else {} for recipe in (then, now)]
+    for old, new in ((then, now), versions):
+        for name in sorted({*old, *new} - {*_PASSED}):
+            if name not in old and name != "rows":
+                continue  # an older version did not write it down
+            if old.get(name) != new.get(name):
+                said = f"{_NAMES.get(name, name)}: {_shown(old.get(name))} then, {_shown(new.get(name))} now"
+                found.append(said + (f" (the model {then.get('model')!r} then, {now.get('model')!r} now)" if name == "weights" else ""))
+    return tuple(found)
+
+
+def _pixels(recipe: Recipe, image: Image.Image, made: Any) -> tuple[str, ...]:
+    """How the new picture differs from the one that was made; () where it does not."""
+    hashed = recipe.data.get("pixels_sha256")
+    told = picture_hash(image) == hashed if isinstance(hashed, str) else None
+    if made is None:
+        return () if told else ("the pixels are others" if told is False else "the recipe does not tell what the pixels were",)
+    kind = made.format if isinstance(made, Image.Image) else _format(made)
+    if kind != "PNG":
+        return () if told else (f"the pixels are others ({_apart(made, image)}, some of it from the file, which is not exact)" if told is False else
+                                f"the file is not exact and its recipe does not tell what the pixels were ({_apart(made, image)}): keep a PNG",)
+    far = _apart(made, image)
+    if not far:
+        return ()
+    return (f"the file was changed after it was made ({far}): its recipe gives the picture that it tells of" if told else far,)
+
+
+def _apart(made: Any, image: Image.Image) -> str:
+    """How far a file's pixels are from the new ones, "" where they are the same."""
+    old = open_image(made, name="the picture")
+    if old.size != image.size:
+        return f"the file is {old.width}x{old.height}, the new picture {image.width}x{image.height}"
+    far = np.abs(np.asarray(old).astype(np.int16) - np.asarray(image).astype(np.int16))
+    return f"{int((far.max(axis=2) > 0).sum())} of {far.shape[0] * far.shape[1]} pixels differ, by {int(far.max())} of 255 at most" if far.any() else ""
+
+
+def _format(made: str | Path | bytes) -> str | None:
+    with Image.open(io.BytesIO(made) if isinstance(made, bytes) else made, formats=("PNG", "JPEG", "WEBP")) as image:
+        return image.format
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
