@@ -232,9 +232,10 @@ OTHERS = {
     "VAE": (layout("parts/vae-sd"), "a VAE", "name the file beside it, as vae="),
     "text encoder": (layout("parts/clip-l"), "a text encoder (CLIP-L)", "name the file beside it, as text_encoder="),
     "upscaler": ({"model.1.sub.0.RDB1.conv1.0.weight": (32, 64, 3, 3)}, "an upscaler", "`latentgen inspect` tells more"),
-    "nothing known": ({"weight": (3, 3), "bias": (3,)}, "of an unknown kind", "`latentgen inspect` tells more"),
-    "no tensor": ({}, "of an unknown kind", "`latentgen inspect` tells more"),
-    "pruned U-Net": ({name: s for name, s in layout("sd15").items() if "middle_block" not in name}, "unknown kind", "`latentgen inspect` tells more"),
+    "nothing known": ({"weight": (3, 3), "bias": (3,)}, "of an unknown kind (its tensors fit nothing that", "`latentgen inspect` tells more"),
+    "no tensor": ({}, "of an unknown kind (it holds no tensor)", "`latentgen inspect` tells more"),
+    "pruned U-Net": ({name: s for name, s in layout("sd15").items() if "middle_block" not in name},
+                     "of an unknown kind (it has a denoiser that fits no family of this version", "`latentgen inspect` tells more"),
 }
 
 
@@ -244,7 +245,7 @@ def test_a_file_that_is_no_checkpoint(refused: Any, tmp_path: Path, name: str, k
     tensors, what, cure = OTHERS[name]
     file = sparse(tmp_path / "file.safetensors", tensors)
     call = (lambda: opened(None, denoiser=file)) if keyword else (lambda: opened(file))
-    refused(call, f"file.safetensors is {'' if name in ('nothing known', 'no tensor', 'pruned U-Net') else what}", what, "expected a checkpoint or a denoiser", cure)
+    refused(call, f"file.safetensors is {what}", "expected a checkpoint or a denoiser", cure)
 
 
 @each("name", ["LoRA", "ControlNet", "embedding", "text encoder"])
@@ -281,7 +282,7 @@ def test_a_vae_where_the_unet_belongs(refused: Any, tiny_folder: Path, tmp_path:
     ("sdxl", {"card": "sdxl-inpaint"}, "is sdxl by its tensors but card= says sdxl-inpaint"),
     ("sd15", {"card": "sd15-inpaint"}, "is sd15 by its tensors but card= says sd15-inpaint"),
     ("flux1-schnell", {"card": "flux1-dev"}, "is flux1-schnell by its tensors but card= says flux1-dev"),
-    ("sd15", {"card": "sd16"}, "there is no model 'sd16': did you mean 'sd15'?"), ("sd15", {"config": "sd16"}, "there is no variant 'sd16': did you mean 'sd15'?")])
+    ("sd15", {"card": "sdxl-trubo"}, "there is no model 'sdxl-trubo': did you mean 'sdxl-turbo'?"), ("sd15", {"config": "sd15-inpant"}, "there is no variant 'sd15-inpant': did you mean 'sd15-inpaint'?")])
 def test_one_checkpoint_as_another(refused: Any, tmp_path: Path, name: str, said: dict[str, str], words: str) -> None:
     file = sparse(tmp_path / "model.safetensors", layout(name))
     refused(lambda: opened(file, **said), words)

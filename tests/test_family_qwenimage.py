@@ -250,7 +250,7 @@ def test_outpaint_keeps_the_old_pixels(pipes):
     assert ours.image.size == (96, 64) and ours.image.crop((16, 0, 80, 64)).tobytes() == photo().tobytes()
 
 
-@pytest.mark.parity("edit", "QwenImageEditPipeline")
+@pytest.mark.parity("edit", "QwenImageEditPipeline (told which tokens are the picture's)")
 @each_guidance
 def test_edit_looks_at_a_reference(pipes, stock, monkeypatch, cfg):
     """A reference of another size and shape than the picture, in a batch."""

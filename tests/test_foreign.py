@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_save import gradient
 
+from latentgen.diffusion import SAMPLERS
 from latentgen.errors import RequestError
 from latentgen.pixels.save import save_image
 from latentgen.run.foreign import Foreign, from_diffusers, read_foreign
 from latentgen.run.foreign_comfy import from_prompt, from_workflow
 from latentgen.run.foreign_fields import foreign_sampler
 from latentgen.run.foreign_invoke import from_dream, from_invoke, from_old_invoke
+from latentgen.run.parameters import write_parameters
 from latentgen.run.recipe import read_recipe
 
 A1111 = """masterpiece, (a red fox:1.2) in snow, <lora:fluffy:0.8>,
 second line with Steps: 3
 Negative prompt: lowres, "bad" hands
 and a second line
-Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 2871113391, Size: 512x768, Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, VAE hash: f921fb3f29, \
+Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 2871113391, Size: 512x768, \
+Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, VAE hash: f921fb3f29, \
 VAE: vae-ft-mse.safetensors, Clip skip: 2, Lora hashes: "fluffy: 0a1b2c3d4e5f, other: 11", TI hashes: "easynegative: c74b4e810b03", \
 Hashes: {"vae": "f921fb3f29", "lora:fluffy": "0a1b"}, Version: v1.9.4"""
 
@@ -48,7 +51,8 @@ def noted(found: Foreign, *words: str) -> None:
 def test_a1111(tmp_path: Path, suffix: str) -> None:
     found = read_recipe(save_image(gradient(), tmp_path / f"a{suffix}", metadata={"parameters": A1111}))
     assert isinstance(found, Foreign) and found.tool == "A1111" and found.model == "v1-5-pruned-emaonly" and found.needs == ()
-    fields(found, prompt="masterpiece, (a red fox:1.2) in snow, <lora:fluffy:0.8>,\nsecond line with Steps: 3", negative_prompt='lowres, "bad" hands\nand a second line',
+    fields(found, prompt="masterpiece, (a red fox:1.2) in snow, <lora:fluffy:0.8>,\nsecond line with Steps: 3",
+           negative_prompt='lowres, "bad" hands\nand a second line',
            steps=28, sampler="dpmpp_2m", spacing="karras", guidance_scale=6.5, seed=2871113391, width=512, height=768, clip_skip=2)
     noted(found, "the prompt calls the lora 'fluffy'", "Lora hashes: fluffy: 0a1b2c3d4e5f, other: 11", "TI hashes", "vae-ft-mse", "RNG: CPU")
 
@@ -61,49 +65,58 @@ def settings_line(line: str, *, prompt: str = "a fox") -> Foreign:
 
 def test_older_and_other_hands_of_a1111() -> None:
     old = settings_line("Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Model hash: 7460a6fa, RNG: CPU")
-    fields(old, prompt="a fox", steps=20, sampler="euler_ancestral", spacing="linspace", guidance_scale=7.0, seed=1, width=512, height=512)
+    fields(old, prompt="a fox", steps=20, sampler="euler_ancestral", spacing="normal", guidance_scale=7.0, seed=1, width=512, height=512)
     assert old.notes == () and old.tool == "A1111"
     assert settings_line("Steps: 20, Sampler: DPM++ 2M SDE Karras, CFG scale: 7, Seed: 1").fields["spacing"] == "karras"
     assert settings_line("Steps: 20, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 7, Seed: 1").fields["spacing"] == "karras"
-    assert settings_line("Steps: 20, Sampler: Euler, Schedule type: Automatic, CFG scale: 7, Seed: 1").fields["spacing"] == "linspace"
-    forge = settings_line("Steps: 20, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 5, Size: 896x1152, Model hash: c161224931, "
+    assert settings_line("Steps: 20, Sampler: Euler, Schedule type: Automatic, CFG scale: 7, Seed: 1").fields["spacing"] == "normal"
+    forge = settings_line("Steps: 20, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 5, Size: 896x1152, "
+                          "Model hash: c161224931, "
                           "Model: dev-fp8, Version: f2.0.1v1.10.1-previous-501-g668e87f9, Module 1: ae, Module 2: t5xxl_fp16")
     fields(forge, prompt="a fox", steps=20, sampler="euler", spacing="simple", guidance_scale=3.5, seed=5, width=896, height=1152)
     assert forge.tool == "Forge"
     noted(forge, "Module 2: t5xxl_fp16")
     assert settings_line("Steps: 20, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 3.5, Seed: 5, Version: f2.0.1").fields["true_cfg_scale"] == 2
-    sdnext = settings_line("Steps: 20, Size: 1024x1024, Sampler: Euler a, Seed: 9, CFG scale: 6, CFG rescale: 0.7, App: SD.Next, Version: 0da2a5a, Operations: txt2img, "
+    sdnext = settings_line("Steps: 20, Size: 1024x1024, Sampler: Euler a, Seed: 9, CFG scale: 6, CFG rescale: 0.7, "
+                           "App: SD.Next, Version: 0da2a5a, Operations: txt2img, "
                            "Model: some-model, Model hash: 31e35c80fc, Parser: Full parser")
     assert sdnext.tool == "SD.Next" and sdnext.model == "some-model" and sdnext.fields["guidance_rescale"] == 0.7 and len(sdnext.notes) == 1
 
 
 def test_a1111_edits_second_passes_and_what_is_not_here() -> None:
-    edit = settings_line("Steps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.45, Mask blur: 4, Inpaint area: Only masked, Version: v1.10.0")
+    edit = settings_line("Steps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.45, "
+                         "Mask blur: 4, Inpaint area: Only masked, Version: v1.10.0")
     assert edit.fields["strength"] == 0.45 and edit.fields["spacing"] == "leading" and edit.needs == ("image", "mask")
     noted(edit, "give it as image", "give it as mask")
-    hires = settings_line("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.45, Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent")
+    hires = settings_line("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.45, "
+                          "Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent")
     assert "strength" not in hires.fields and hires.needs == ()
     noted(hires, "Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent, Denoising strength: 0.45")
-    odd = settings_line('Steps: 20, Sampler: My Sampler, Schedule type: Zigzag, CFG scale: 700, Seed: -1, Size: 4x99999, Clip skip: one, Token merging ratio: 0.5, '
+    odd = settings_line('Steps: 20, Sampler: My Sampler, Schedule type: Zigzag, CFG scale: 700, Seed: -1, Size: 4x99999, '
+                        'Clip skip: one, Token merging ratio: 0.5, '
                         'ControlNet 0: "Module: canny, Model: control_canny [e3fe], Weight: 1.0", Variation seed: 7, Variation seed strength: 2')
     assert set(odd.fields) == {"prompt", "steps"}
-    noted(odd, "sampler 'My Sampler'", "schedule 'Zigzag'", "CFG scale '700' was not taken over", "Seed '-1'", "Size '4'", "Size '99999'", "Clip skip 'one'",
+    noted(odd, "sampler 'My Sampler'", "schedule 'Zigzag'", "CFG scale '700' was not taken over", "Seed '-1'", "Size '4'", "Size '99999'",
+          "Clip skip 'one'",
           "Token merging ratio: 0.5", "ControlNet 0: Module: canny, Model: control_canny [e3fe], Weight: 1.0", "Variation seed strength '2'")
 
 
 TEXT = {"class_type": "CLIPTextEncode", "inputs": {"text": "a fox", "clip": ["11", 0]}, "_meta": {"title": "CLIP Text Encode (Prompt)"}}
 GRAPH: dict[str, Any] = {
-    "3": {"class_type": "KSampler", "inputs": {"seed": 156680208700286, "steps": 20, "cfg": 8, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1,
+    "3": {"class_type": "KSampler", "inputs": {"seed": 156680208700286, "steps": 20, "cfg": 8, "sampler_name": "dpmpp_2m", "scheduler": "karras",
+                                               "denoise": 1,
                                                "model": ["10", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
     "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "people\\fox-v1.safetensors"}},
     "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 768, "batch_size": 1}},
     "6": TEXT, "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "text, watermark", "clip": ["11", 0]}},
     "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
     "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "ComfyUI", "images": ["8", 0]}},
-    "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "dir/fluffy.safetensors", "strength_model": 0.8, "strength_clip": 1, "model": ["4", 0], "clip": ["4", 1]}},
+    "10": {"class_type": "LoraLoader", "inputs": {"lora_name": "dir/fluffy.safetensors", "strength_model": 0.8, "strength_clip": 1, "model": ["4", 0],
+                                                  "clip": ["4", 1]}},
     "11": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["10", 1]}},
 }
-BASE = {"prompt": "a fox", "negative_prompt": "text, watermark", "steps": 20, "sampler": "dpmpp_2m", "spacing": "karras", "guidance_scale": 8.0, "seed": 156680208700286,
+BASE = {"prompt": "a fox", "negative_prompt": "text, watermark", "steps": 20, "sampler": "dpmpp_2m", "spacing": "karras", "guidance_scale": 8.0,
+        "seed": 156680208700286,
         "width": 512, "height": 768, "clip_skip": 2}
 
 
@@ -134,25 +147,31 @@ def test_comfyui(tmp_path: Path) -> None:
 
 
 def test_comfyui_edits() -> None:
-    edit = graph(n12=node("LoadImage", image="sub/photo.png", upload="image"), n13=node("VAEEncode", pixels=["12", 0], vae=["4", 2]), i3={"latent_image": ["13", 0], "denoise": 0.6})
+    edit = graph(n12=node("LoadImage", image="sub/photo.png", upload="image"), n13=node("VAEEncode", pixels=["12", 0], vae=["4", 2]),
+                 i3={"latent_image": ["13", 0], "denoise": 0.6})
     found = fields(from_prompt(edit), **{k: v for k, v in BASE.items() if k not in ("width", "height")}, strength=0.6)
     assert found.needs == ("image",)
     noted(found, "made from the picture 'photo.png'")
-    masked = graph(n12=node("LoadImage", image="photo.png"), n13=node("VAEEncodeForInpaint", pixels=["12", 0], mask=["12", 1], vae=["4", 2], grow_mask_by=6), i3={"latent_image": ["13", 0]})
+    masked = graph(n12=node("LoadImage", image="photo.png"),
+                   n13=node("VAEEncodeForInpaint", pixels=["12", 0], mask=["12", 1], vae=["4", 2], grow_mask_by=6), i3={"latent_image": ["13", 0]})
     found = from_prompt(masked)
     assert found is not None and found.needs == ("image", "mask") and found.fields["strength"] == 1
-    advanced = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=20, cfg=7.0, sampler_name="euler", scheduler="normal", start_at_step=8, end_at_step=10000,
+    advanced = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=20, cfg=7.0, sampler_name="euler", scheduler="normal",
+                    start_at_step=8, end_at_step=10000,
                     return_with_leftover_noise="disable", model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["13", 0])
     found = from_prompt({**edit, "3": advanced})
-    assert found is not None and found.fields["strength"] == 0.6 and found.fields["seed"] == 5 and found.fields["spacing"] == "linspace"
+    assert found is not None and found.fields["strength"] == 0.6 and found.fields["seed"] == 5 and found.fields["spacing"] == "normal"
 
 
 def test_comfyui_two_passes_and_a_refiner() -> None:
-    second = node("KSampler", seed=9, steps=12, cfg=5, sampler_name="euler", scheduler="normal", denoise=0.5, model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["13", 0])
-    hires = graph(n12=second, n13=node("LatentUpscale", samples=["3", 0], width=1024, height=1536, upscale_method="nearest-exact", crop="disabled"), i8={"samples": ["12", 0]})
+    second = node("KSampler", seed=9, steps=12, cfg=5, sampler_name="euler", scheduler="normal", denoise=0.5, model=["4", 0], positive=["6", 0],
+                  negative=["7", 0], latent_image=["13", 0])
+    hires = graph(n12=second, n13=node("LatentUpscale", samples=["3", 0], width=1024, height=1536, upscale_method="nearest-exact", crop="disabled"),
+                  i8={"samples": ["12", 0]})
     found = fields(from_prompt(hires), **BASE)
     noted(found, "a later pass of KSampler (12 steps, denoise 0.5)")
-    half = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=25, cfg=7.0, sampler_name="euler", scheduler="normal", start_at_step=0, end_at_step=20,
+    half = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=25, cfg=7.0, sampler_name="euler", scheduler="normal", start_at_step=0,
+                end_at_step=20,
                 return_with_leftover_noise="enable", model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0])
     rest = {**half, "inputs": half["inputs"] | {"add_noise": "disable", "start_at_step": 20, "end_at_step": 10000, "latent_image": ["3", 0]}}
     found = from_prompt(graph(n3=half, n12=rest, i8={"samples": ["12", 0]}))
@@ -162,33 +181,41 @@ def test_comfyui_two_passes_and_a_refiner() -> None:
 
 def test_comfyui_custom_sampling() -> None:
     custom: dict[str, Any] = {
-        "1": node("UNETLoader", unet_name="dev.safetensors", weight_dtype="default"), "2": node("DualCLIPLoader", clip_name1="t5.safetensors", clip_name2="l.safetensors"),
+        "1": node("UNETLoader", unet_name="dev.safetensors", weight_dtype="default"),
+        "2": node("DualCLIPLoader", clip_name1="t5.safetensors", clip_name2="l.safetensors"),
         "3": node("CLIPTextEncode", text="a fox", clip=["2", 0]), "4": node("FlowGuidance", guidance=3.5, conditioning=["3", 0]),
         "5": node("BasicGuider", model=["14", 0], conditioning=["4", 0]), "6": node("KSamplerSelect", sampler_name="euler"),
         "7": node("BasicScheduler", scheduler="simple", steps=24, denoise=1, model=["14", 0]), "8": node("RandomNoise", noise_seed=["15", 0]),
         "9": node("EmptySomeLatentImage", width=1024, height=1024, batch_size=4),
         "10": node("SamplerCustomAdvanced", noise=["8", 0], guider=["5", 0], sampler=["6", 0], sigmas=["7", 0], latent_image=["9", 0]),
-        "11": node("VAEDecode", samples=["10", 0], vae=["12", 0]), "12": node("VAELoader", vae_name="ae.safetensors"), "13": node("SaveImage", images=["11", 0]),
+        "11": node("VAEDecode", samples=["10", 0], vae=["12", 0]), "12": node("VAELoader", vae_name="ae.safetensors"),
+        "13": node("SaveImage", images=["11", 0]),
         "14": node("ModelSamplingShift", shift=3.0, model=["1", 0]), "15": node("PrimitiveInt", value=77)}
-    expected = {"prompt": "a fox", "steps": 24, "sampler": "euler", "spacing": "simple", "guidance_scale": 3.5, "seed": 77, "width": 1024, "height": 1024, "shift": 3.0}
+    expected = {"prompt": "a fox", "steps": 24, "sampler": "euler", "spacing": "simple", "guidance_scale": 3.5, "seed": 77, "width": 1024,
+                "height": 1024, "shift": 3.0}
     found = fields(from_prompt(custom), **expected)
     assert found.model == "dev.safetensors"
     noted(found, "one of a batch")
-    pair = custom | {"5": node("CFGGuider", model=["1", 0], positive=["4", 0], negative=["16", 0], cfg=2.0), "16": node("CLIPTextEncode", text="dog", clip=["2", 0])}
+    pair = custom | {"5": node("CFGGuider", model=["1", 0], positive=["4", 0], negative=["16", 0], cfg=2.0),
+                     "16": node("CLIPTextEncode", text="dog", clip=["2", 0])}
     fields(from_prompt(pair), **{k: v for k, v in expected.items() if k != "shift"}, negative_prompt="dog", true_cfg_scale=2.0)
-    lora = custom | {"1": node("UNETLoader", unet_name="dev.safetensors"), "14": node("LoraLoaderModelOnly", lora_name="x.safetensors", strength_model=1, model=["1", 0])}
+    lora = custom | {"1": node("UNETLoader", unet_name="dev.safetensors"),
+                     "14": node("LoraLoaderModelOnly", lora_name="x.safetensors", strength_model=1, model=["1", 0])}
     noted(from_prompt(lora), "LoRA 'x.safetensors' at 1")  # type: ignore[arg-type]
 
 
 def test_comfyui_conditioning() -> None:
-    control = graph(i3={"positive": ["12", 0]}, n12=node("ControlNetApply", strength=1.0, conditioning=["6", 0], control_net=["13", 0], image=["14", 0]),
+    control = graph(i3={"positive": ["12", 0]}, n12=node("ControlNetApply", strength=1.0, conditioning=["6", 0], control_net=["13", 0],
+                                                         image=["14", 0]),
                     n13=node("ControlNetLoader", control_net_name="canny.safetensors"), n14=node("LoadImage", image="edges.png"))
     noted(fields(from_prompt(control), **BASE), "ControlNet 'canny.safetensors'")
-    combined = graph(i3={"positive": ["12", 0]}, n12=node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["13", 0]), n13=node("CLIPTextEncode", text="two", clip=["4", 1]))
+    combined = graph(i3={"positive": ["12", 0]}, n12=node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["13", 0]),
+                     n13=node("CLIPTextEncode", text="two", clip=["4", 1]))
     noted(fields(from_prompt(combined), **BASE), "2 positive texts are combined")
     zero = graph(i3={"negative": ["12", 0]}, n12=node("ConditioningZeroOut", conditioning=["6", 0]))
     assert "negative_prompt" not in from_prompt(zero).fields  # type: ignore[union-attr]
-    two = graph(n6=node("CLIPTextEncodeTwo", text_g="general", text_l="a fox", clip=["4", 1], width=1024, height=768, crop_w=8, crop_h=4, target_width=512, target_height=256))
+    two = graph(n6=node("CLIPTextEncodeTwo", text_g="general", text_l="a fox", clip=["11", 0], width=1024, height=768, crop_w=8, crop_h=4,
+                        target_width=512, target_height=256))
     fields(from_prompt(two), **BASE, prompt_2="general", original_size=[768, 1024], crop_top_left=[4, 8], target_size=[256, 512])
     told = graph(i6={"text": ["12", 0]}, n12=node("StringNode", string="a fox"))
     fields(from_prompt(told), **BASE)
@@ -222,12 +249,14 @@ def test_comfyui_from_the_screen_alone(modern: bool) -> None:
     lora["mode"] = 4  # bypassed: it only hands on
     fields(from_workflow(workflow), **BASE)
     assert from_workflow(workflow).notes == ()  # type: ignore[union-attr]
-    workflow["links"] = [{"id": i, "origin_id": a, "origin_slot": b, "target_id": c, "target_slot": d, "type": t} for i, a, b, c, d, t in workflow["links"]]
+    workflow["links"] = [{"id": i, "origin_id": a, "origin_slot": b, "target_id": c, "target_slot": d, "type": t} for i, a, b, c, d,
+                         t in workflow["links"]]
     fields(from_workflow(workflow), **BASE)
 
 
 def test_comfyui_graphs_that_run_in_circles_come_to_an_end() -> None:
-    circle = graph(i4={"model": ["10", 0]}, i5={"samples": ["3", 0], "width": ["5", 0]}, i6={"conditioning": ["6", 0], "text": ["6", 0]}, i10={"model": ["10", 0]})
+    circle = graph(i4={"model": ["10", 0]}, i5={"samples": ["3", 0], "width": ["5", 0]}, i6={"conditioning": ["6", 0], "text": ["6", 0]},
+                   i10={"model": ["10", 0]})
     circle["5"]["class_type"] = circle["10"]["class_type"] = "Reroute"
     assert from_prompt(circle) is not None
     long = {str(n): node("Reroute", latent_image=[str(n + 1), 0]) for n in range(20, 4000)}
@@ -237,61 +266,88 @@ def test_comfyui_graphs_that_run_in_circles_come_to_an_end() -> None:
 
 
 INVOKE = {
-    "generation_mode": "txt2img", "positive_prompt": "a fox, (snow)1.2", "negative_prompt": "blurred", "width": 1024, "height": 768, "seed": 2871113391, "rand_device": "cpu",
-    "cfg_scale": 7.5, "cfg_rescale_multiplier": 0.0, "steps": 30, "scheduler": "dpmpp_2m_k", "clip_skip": 1, "strength": 0.5, "seamless_x": False, "seamless_y": True,
-    "model": {"key": "a0", "hash": "blake3:11", "name": "some-model", "base": "xl", "type": "main"}, "controlnets": [], "ipAdapters": [], "t2iAdapters": [],
-    "loras": [{"model": {"name": "fluffy", "type": "lora"}, "weight": 0.75}], "vae": {"name": "vae-fix"}, "positive_style_prompt": "oil painting", "negative_style_prompt": "blurred",
+    "generation_mode": "txt2img", "positive_prompt": "a fox, (snow)1.2", "negative_prompt": "blurred", "width": 1024, "height": 768,
+    "seed": 2871113391, "rand_device": "cpu",
+    "cfg_scale": 7.5, "cfg_rescale_multiplier": 0.0, "steps": 30, "scheduler": "dpmpp_2m_k", "clip_skip": 1, "strength": 0.5, "seamless_x": False,
+    "seamless_y": True,
+    "model": {"key": "a0", "hash": "blake3:11", "name": "some-model", "base": "xl", "type": "main"}, "controlnets": [], "ipAdapters": [],
+    "t2iAdapters": [],
+    "loras": [{"model": {"name": "fluffy", "type": "lora"}, "weight": 0.75}], "vae": {"name": "vae-fix"}, "positive_style_prompt": "oil painting",
+    "negative_style_prompt": "blurred",
     "app_version": "5.4.2"}
 
 
 def test_invokeai() -> None:
     found = read_foreign({"invokeai_metadata": json.dumps(INVOKE), "invokeai_graph": "{}"})
-    found = fields(found, prompt="a fox, (snow)1.2", negative_prompt="blurred", prompt_2="oil painting", width=1024, height=768, seed=2871113391, guidance_scale=7.5,
+    found = fields(found, prompt="a fox, (snow)1.2", negative_prompt="blurred", prompt_2="oil painting", width=1024, height=768, seed=2871113391,
+                   guidance_scale=7.5,
                    guidance_rescale=0.0, steps=30, sampler="dpmpp_2m", spacing="karras", clip_skip=2)
     assert found.tool == "InvokeAI 5.4.2" and found.model == "some-model" and found.needs == ()
     noted(found, "LoRA 'fluffy' at 0.75", "VAE 'vae-fix'", "seamless_y: True", "weighted as InvokeAI weights")
-    edit = from_invoke(INVOKE | {"generation_mode": "inpaint", "rand_device": "cuda", "positive_prompt": "a fox", "scheduler": "deis", "cfg_scale": 1, "guidance": 3.5})
+    edit = from_invoke(INVOKE | {"generation_mode": "inpaint", "rand_device": "cuda", "positive_prompt": "a fox", "scheduler": "deis", "cfg_scale": 1,
+                                 "guidance": 3.5})
     assert edit is not None and edit.needs == ("image", "mask") and edit.fields["strength"] == 0.5 and edit.fields["guidance_scale"] == 3.5
     noted(edit, "noise was drawn on the GPU")
 
 
 def test_old_invokeai() -> None:
-    image = {"prompt": [{"prompt": "a fox [blurred] in snow [dark]", "weight": 1.0}, {"prompt": "b", "weight": 0.5}], "steps": 50, "cfg_scale": 7.5, "threshold": 0, "perlin": 0.1,
-             "height": 512, "width": 640, "seed": 3, "seamless": False, "hires_fix": False, "type": "txt2img", "postprocessing": None, "sampler": "k_euler_a", "variations": []}
-    data = {"model": "stable diffusion", "model_weights": "/home/me/models/base-1.5.ckpt", "model_hash": "cc6c", "app_id": "invoke-ai/InvokeAI", "app_version": "2.3.5", "image": image}
-    expected = {"prompt": "a fox in snow", "negative_prompt": "blurred, dark", "steps": 50, "guidance_scale": 7.5, "height": 512, "width": 640, "seed": 3, "sampler": "euler_ancestral"}
+    image = {"prompt": [{"prompt": "a fox [blurred] in snow [dark]", "weight": 1.0}, {"prompt": "b", "weight": 0.5}], "steps": 50, "cfg_scale": 7.5,
+             "threshold": 0, "perlin": 0.1,
+             "height": 512, "width": 640, "seed": 3, "seamless": False, "hires_fix": False, "type": "txt2img", "postprocessing": None,
+             "sampler": "k_euler_a", "variations": []}
+    data = {"model": "stable diffusion", "model_weights": "/home/me/models/base-1.5.ckpt", "model_hash": "cc6c", "app_id": "invoke-ai/InvokeAI",
+            "app_version": "2.3.5", "image": image}
+    expected = {"prompt": "a fox in snow", "negative_prompt": "blurred, dark", "steps": 50, "guidance_scale": 7.5, "height": 512, "width": 640,
+                "seed": 3, "sampler": "euler_ancestral"}
     found = fields(read_foreign({"sd-metadata": json.dumps(data), "Dream": "x"}), **expected)
     assert found.model == "base-1.5.ckpt"
     noted(found, "1 more prompts", "perlin: 0.1")
-    dream = fields(read_foreign({"Dream": '"a fox [blurred]" -s 50 -S 3 -W 640 -H 512 -C 7.5 -A k_euler -G 0.8'}), prompt="a fox", negative_prompt="blurred", steps=50, seed=3,
+    dream = fields(read_foreign({"Dream": '"a fox [blurred]" -s 50 -S 3 -W 640 -H 512 -C 7.5 -A k_euler -G 0.8'}), prompt="a fox",
+                   negative_prompt="blurred", steps=50, seed=3,
                    width=640, height=512, guidance_scale=7.5, sampler="euler")
     noted(dream, "the option -G 0.8")
     assert from_dream('"unclosed') is None and from_dream("") is None and from_old_invoke({"image": {"prompt": []}}) is None
 
 
 def test_diffusers_words(tmp_path: Path) -> None:
-    data = {"prompt": "a fox", "negative_prompt": "blurred", "num_inference_steps": 25, "guidance_scale": 5, "height": 768, "width": 512, "generator": 42, "clip_skip": 1,
-            "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "timestep_spacing": "leading"}, "model_id": "org/some-model", "cross_attention_kwargs": {"scale": 1},
+    data = {"prompt": "a fox", "negative_prompt": "blurred", "num_inference_steps": 25, "guidance_scale": 5, "height": 768, "width": 512,
+            "generator": 42, "clip_skip": 1,
+            "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "timestep_spacing": "leading"},
+            "model_id": "org/some-model", "cross_attention_kwargs": {"scale": 1},
             "strength": 0.3, "init_image": "photo.png", "prompt_2": "oil", "num_images_per_prompt": 4}
     found = read_recipe(save_image(gradient(), tmp_path / "a.png", metadata={"parameters": json.dumps(data)}))
     assert isinstance(found, Foreign)
-    fields(found, prompt="a fox", negative_prompt="blurred", steps=25, guidance_scale=5.0, height=768, width=512, seed=42, clip_skip=2, sampler="dpmpp_2m", spacing="karras",
+    fields(found, prompt="a fox", negative_prompt="blurred", steps=25, guidance_scale=5.0, height=768, width=512, seed=42, clip_skip=2,
+           sampler="dpmpp_2m", spacing="karras",
            strength=0.3, prompt_2="oil")
     assert found.needs == ("image",) and found.model == "some-model"
     noted(found, "cross_attention_kwargs", "give it as image")
-    fooocus = {"prompt": "a fox", "negative_prompt": "", "steps": 30, "guidance_scale": 4, "resolution": "(896, 1152)", "sampler": "dpmpp_2m_sde_gpu", "scheduler": "karras", "seed": "12",
+    fooocus = {"prompt": "a fox", "negative_prompt": "", "steps": 30, "guidance_scale": 4, "resolution": "(896, 1152)", "sampler": "dpmpp_2m_sde_gpu",
+               "scheduler": "karras", "seed": "12",
                "base_model": "m", "sharpness": 2, "loras": [["x", 0.1]], "version": "Fooocus v2.5"}
-    found = fields(from_diffusers(fooocus), prompt="a fox", steps=30, guidance_scale=4.0, width=896, height=1152, sampler="dpmpp_2m_sde", spacing="karras", seed=12)
+    found = fields(from_diffusers(fooocus), prompt="a fox", steps=30, guidance_scale=4.0, width=896, height=1152, sampler="dpmpp_2m_sde",
+                   spacing="karras", seed=12)
     assert found.tool == "Fooocus v2.5"
     assert from_diffusers({"prompt": "a"}) is None and from_diffusers({"steps": 3}) is None
 
 
 @pytest.mark.parametrize(("said", "expected"), [
-    ("Euler", ("euler", None)), ("k_euler", ("euler", None)), ("Euler a", ("euler_ancestral", None)), ("EulerAncestralDiscreteScheduler", ("euler_ancestral", None)),
-    ("DPM++ 2M Karras", ("dpmpp_2m", "karras")), ("dpmpp_2m_k", ("dpmpp_2m", "karras")), ("DPM++ 2M SDE Exponential", ("dpmpp_2m_sde", "exponential")), ("DDIM", ("ddim", None)),
-    ("DDIMScheduler", ("ddim", None)), ("DPMSolverMultistepScheduler", ("dpmpp_2m", None)), ("heun", ("heun", None)), ("LCM", ("lcm", None)), ("", (None, None)), ("x" * 9999, (None, None))])
-def test_names_of_samplers(said: str, expected: tuple[str | None, str | None]) -> None:
-    assert foreign_sampler(said) == expected
+    ("Euler", ("euler", None)), ("k_euler", ("euler", None)), ("Euler a", ("euler_ancestral", None)), ("DPM++ 2M Karras", ("dpmpp_2m", "karras")),
+    ("EulerAncestralDiscreteScheduler", ("euler_ancestral", None)), ("dpmpp_2m_k", ("dpmpp_2m", "karras")), ("dpmpp_2m", ("dpmpp_2m", None)),
+    ("DPM++ 2M SDE Exponential", ("dpmpp_2m_sde", "exponential")), ("DDIM", ("ddim", None)), ("DDIMScheduler", ("ddim", None)),
+    ("LCM", ("lcm", None)),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, ("dpmpp_2m", "karras")), ("dpm2_ancestral", ("dpm2_ancestral", None)),
+    ("", None), (None, None), (3, None), ({}, None), ("no such", None), ("x" * 10**6, None)], ids=lambda said: str(said)[:40])
+def test_names_of_samplers(said: Any, expected: tuple[str, str | None] | None) -> None:
+    found = foreign_sampler(said)
+    assert (found and (found.sampler, found.spacing)) == expected
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_of_ours_comes_back_from_the_text_for_others(sampler: str) -> None:
+    found = read_foreign({"parameters": write_parameters({"prompt": "a", "steps": 9, "sampler": sampler, "spacing": "karras", "seed": 1,
+                                                          "guidance_scale": 2.0})})
+    assert found is not None and (found.fields["sampler"], found.fields["spacing"]) == (sampler, "karras")
 
 
 def test_a_request_from_another_program_takes_changes_and_checks_them() -> None:
@@ -301,17 +357,22 @@ def test_a_request_from_another_program_takes_changes_and_checks_them() -> None:
         found.request(num_inference_steps=5)
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.lists(st.sampled_from(["3", "6", "10", 0, 1]), min_size=2, max_size=2),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["inputs", "class_type", "prompt", "model", "name", "x"]), inner, max_size=3), max_leaves=6)
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+                           | st.lists(st.sampled_from(["3", "6", "10", 0, 1]), min_size=2, max_size=2),
+                           lambda inner: st.lists(inner, max_size=3)
+                           | st.dictionaries(st.sampled_from(["inputs", "class_type", "prompt", "model", "name", "x"]), inner, max_size=3),
+                           max_leaves=6)
 
 
 @given(value=json_values, seed=st.integers(0, 10**6), which=st.sampled_from(range(6)))
 @settings(max_examples=600, deadline=None)
 def test_anything_may_stand_anywhere(value: Any, seed: int, which: int) -> None:
     """One place of a sound file is overwritten by anything: the reader gives fields that make a request, or nothing; it never fails."""
-    reader, sound = ((from_prompt, GRAPH), (from_workflow, as_workflow(GRAPH, modern=True)), (from_workflow, as_workflow(GRAPH, modern=False)), (from_invoke, INVOKE),
+    reader, sound = ((from_prompt, GRAPH), (from_workflow, as_workflow(GRAPH, modern=True)), (from_workflow, as_workflow(GRAPH, modern=False)),
+                     (from_invoke, INVOKE),
                      (from_old_invoke, {"image": {"prompt": [{"prompt": "a", "weight": 1}], "steps": 3, "sampler": "ddim"}, "model": "x"}),
-                     (from_diffusers, {"prompt": "a", "steps": 3, "scheduler": {"_class_name": "x"}, "resolution": "(8, 8)", "loras": [], "clip_skip": 1}))[which]
+                     (from_diffusers, {"prompt": "a", "steps": 3, "scheduler": {"_class_name": "x"}, "resolution": "(8, 8)", "loras": [],
+                                       "clip_skip": 1}))[which]
     dice, broken = random.Random(seed), copy.deepcopy(sound)
     spot: Any = broken
     while True:

@@ -44,7 +44,8 @@ def test_a_recipe_comes_back_from_its_file(pipe, tmp_path_factory, suffix, promp
 
 def test_it_is_read_from_a_path_from_bytes_and_from_an_open_image(tmp_path: Path) -> None:
     for suffix in SUFFIXES:
-        path = save_image(gradient(), tmp_path / f"a{suffix}", metadata={KEY: '{"prompt": "ü", "seed": 3}', "parameters": "ü\nSteps: 2, Seed: 3, Size: 8x8"})
+        path = save_image(gradient(), tmp_path / f"a{suffix}",
+                          metadata={KEY: '{"prompt": "ü", "seed": 3}', "parameters": "ü\nSteps: 2, Seed: 3, Size: 8x8"})
         with Image.open(path) as image:
             for source in (path, str(path), path.read_bytes(), image):
                 found = as_recipe(source)
@@ -56,7 +57,8 @@ def test_every_field_that_was_said_is_in_the_recipe(pipe):
     plan = pipe.plan("a cat", clip_skip=1, guidance_interval=(0.2, 0.8), denoising_end=0.5, strict=False, prompt_2="dog", batch=3, seed=5)
     recipe = make_recipe(plan, "d", ())
     assert recipe["denoising_end"] == 0.5 and recipe["strict"] is False and recipe["prompt_2"] == "dog" and recipe["batch"] == 3
-    assert "clip_skip" not in recipe and "width" in recipe and recipe["device"] == "cpu" and set(recipe["versions"]) == {"latentgen", "torch", "kernels"}
+    assert "clip_skip" not in recipe and "width" in recipe and recipe["device"] == "cpu" and set(recipe["versions"]) == {"latentgen", "torch",
+        "kernels"}
     assert len({make_recipe(pipe.plan("a", spacing=s, seed=0), "d", ())["levels_sha256"] for s in ("karras", "trailing", "leading")}) == 3
 
 
@@ -86,17 +88,20 @@ def test_texts_have_a_limit(tmp_path: Path) -> None:
     assert found == {"y": "short"}
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[1]", "null", "3", '{"a": ' * 20_000, "[" * 100_000, "\x7f", '{"seed": ' + "9" * 6000 + "}"], ids=lambda text: text[:9])
+@pytest.mark.parametrize("damaged", ["", "{", "[1]", "null", "3", '{"a": ' * 20_000, "[" * 100_000, "\x7f", '{"seed": ' + "9" * 6000 + "}"],
+                         ids=lambda text: text[:9])
 def test_a_damaged_recipe_is_said_and_the_other_text_is_read(damaged: str, tmp_path: Path) -> None:
     path = save_image(gradient(), tmp_path / "a.png", metadata={KEY: damaged})
     with pytest.raises(ImageError, match="recipe is damaged"):
         read_recipe(path)
-    path = save_image(gradient(), tmp_path / "a.png", metadata={KEY: damaged, "parameters": "cat\nSteps: 2, Seed: 3, Size: 8x8, Version: latentgen 1"})
+    path = save_image(gradient(), tmp_path / "a.png",
+                      metadata={KEY: damaged, "parameters": "cat\nSteps: 2, Seed: 3, Size: 8x8, Version: latentgen 1"})
     found = read_recipe(path)
     assert isinstance(found, Foreign) and found.fields["seed"] == 3 and "damaged" in found.notes[-1]
 
 
-@pytest.mark.parametrize("data", [{}, {"prompt": 3}, {"prompt": "a", "steps": "20"}, {"prompt": "a", "steps": -1}, {"prompt": "a", "guidance_scale": float("nan")},
+@pytest.mark.parametrize("data", [{}, {"prompt": 3}, {"prompt": "a", "steps": "20"}, {"prompt": "a", "steps": -1},
+                                  {"prompt": "a", "guidance_scale": float("nan")},
                                   {"prompt": "a", "notes": 3, "versions": [], "task": {}}, {"prompt": "a", "guidance_interval": [1, 0]}], ids=str)
 def test_an_altered_recipe_makes_no_request_that_could_not_be_said(data: dict, tmp_path: Path) -> None:
     found = read_recipe(save_image(gradient(), tmp_path / "a.png", metadata={KEY: json.dumps(data)}))

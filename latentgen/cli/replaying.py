@@ -1,4 +1,4 @@
-"""recipe and replay: what a picture's file says of how it was made, and making it again. Knows what is printed and the exit codes; the work is in run/."""
+"""recipe and replay: how a picture was made, as its file says, and making it again. Knows what is printed and the exit codes; the work is in run/."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _as_it_was(said: dict[str, Any], found: Recipe | Foreign) -> dict[str, Any]:
     """The options of the machine, with what was left out as the recipe has it.
 
     Raises:
-        RequestError: the recipe's model does not lie beside its card: a file is not to start a download, and only the user knows where other models are.
+        RequestError: the recipe's model does not lie beside its card: a picture is not to start a download, and only the user knows where others are.
     """
     from latentgen.models.card import cards
 
@@ -111,7 +111,8 @@ def _table(found: Recipe | Foreign) -> str:
     if found.needs:
         rows["made from"] = ", ".join(found.needs) + " (not in the file)"
     rows |= {key: value for key in ("weights", "dtype", "device") if (value := getattr(found, "data", {}).get(key))}
-    return "\n".join(f"{str(name).replace('_', ' '):<18} {_cell(value)}" for name, value in rows.items()) + "".join(f"\n{'note':<18} {_cell(n)}" for n in found.notes)
+    return "\n".join(f"{str(name).replace('_', ' '):<18} {_cell(value)}" for name,
+                     value in rows.items()) + "".join(f"\n{'note':<18} {_cell(n)}" for n in found.notes)
 
 
 def _cell(value: Any) -> str:

@@ -218,7 +218,8 @@ def _parts(text: str, name: str, composed: bool, notes: list[str]) -> list[Part]
             notes.append(f"{name}: AND is read as a word here: only the prompt itself is composed of several")
         head, colon, tail = text.rpartition(":")
         if colon and head and _WEIGHT.fullmatch(tail):
-            notes.append(f"{name}: ':{tail.strip()}' at its end is text: a weight there belongs to prompts joined by AND, so write (words:{tail.strip()}) to weigh words")
+            notes.append(f"{name}: ':{tail.strip()}' at its end is text: a weight there belongs to prompts joined by AND, "
+                         f"so write (words:{tail.strip()}) to weigh words")
         return [Part(1.0, _items(text))]
     parts = []
     for one in said:
@@ -227,7 +228,7 @@ def _parts(text: str, name: str, composed: bool, notes: list[str]) -> list[Part]
         weight = _kept(float(number[1])) if number else 1.0
         if number and weight != float(number[1]):
             notes.append(f"{name}: a weight of {number[1]:.20} is read as {weight:g}")
-        parts.append(Part(weight, _items((head if number else one).rstrip())))
+        parts.append(Part(weight, _items((head if number else one).strip())))
     return parts
 
 

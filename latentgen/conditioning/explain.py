@@ -89,7 +89,7 @@ class Explanation:
                 lines += [f"  {_counted(heard)}"]
                 for at, chunk in enumerate(heard.chunks, 1):
                     lines += [f"    chunk {at}  position       id  weight  token"]
-                    lines += [f"    {'':9}{place:>8} {word.id:>8} {_weight(word):>7}  {_line(word.text)}{_aside(word)}" for place, word in enumerate(chunk)]
+                    lines += [f"{place:>21} {word.id:>8} {_weight(word):>7}  {_line(word.text)}{_aside(word)}" for place, word in enumerate(chunk)]
                 lines += [f"    cut off  {_line(heard.cut)}"] if heard.cut else []
         return "\n".join([*lines, *(f"note      {note}" for note in self.notes)])
 
@@ -113,8 +113,10 @@ class Explanation:
 
     def _schedule(self) -> list[str]:
         """Each stretch of steps in words."""
-        said = [f"{first} to {last}: " + " AND ".join(f"prompt {number}" + (f" (weight {weight:g})" if weight != 1 else "") for weight, number in conjuncts)
-                for first, last, conjuncts in self.schedule[:MOST]]
+        said = []
+        for first, last, conjuncts in self.schedule[:MOST]:
+            numbers = [f"prompt {number}" + (f" (weight {weight:g})" if weight != 1 else "") for weight, number in conjuncts]
+            said.append((f"{first}: " if first == last else f"{first} to {last}: ") + " AND ".join(numbers))
         return said + ([f"... and {len(self.schedule) - MOST} stretches more"] if len(self.schedule) > MOST else [])
 
 
@@ -170,11 +172,11 @@ def _heard(reader: str, chunks: PromptChunks, tokenizer: Tokens) -> Heard:
     """The chunks' tokens as text, frame and padding told apart."""
     rows = []
     for ids, weights, used in zip(chunks.ids, chunks.weights, chunks.used, strict=True):
-        skip = len(ids) - used if chunks.left else 0
-        last = used - tokenizer.closing
-        rows.append(tuple(
-            Word(i, text, weight, "frame" if not tokenizer.opening <= at < last else "unknown" if text.strip() in UNKNOWN else "word")
-            for at, (i, text, weight) in enumerate(zip(ids[skip:skip + used], tokenizer.words(ids[skip:skip + used]), weights[skip:skip + used], strict=True))))
+        here = slice(len(ids) - used, None) if chunks.left else slice(used)
+        words = zip(ids[here], tokenizer.words(ids[here]), weights[here], strict=True)
+        frame = set(range(used)) - set(range(tokenizer.opening, used - tokenizer.closing))
+        rows.append(tuple(Word(i, text, weight, "frame" if at in frame else "unknown" if text.strip() in UNKNOWN else "word")
+                          for at, (i, text, weight) in enumerate(words)))
     padding = sum(len(ids) - used for ids, used in zip(chunks.ids, chunks.used, strict=True))
     return Heard(reader, tuple(rows), tokenizer.length - tokenizer.opening - tokenizer.closing, padding, _cut(chunks, tokenizer))
 

@@ -120,8 +120,8 @@ def chunked(text: str | Conjunct, tokenizer: Tokens, *, name: str = "prompt", at
     count, note = sum(max(0, len(row) - around) for row in rows), ""
     if len(rows) > MAX_CHUNKS:
         fewer = " or write BREAK less often" if any(fragment.breaks for fragment in fragments) else ""
-        raise RequestError(f"{name} has {count:,} tokens in {len(rows)} chunks: at most {MAX_CHUNKS * room} ({MAX_CHUNKS} chunks of {room}) are read, "
-                           f"so shorten it{fewer}")
+        raise RequestError(f"{name} has {count:,} tokens in {len(rows)} chunks: at most {MAX_CHUNKS * room} ({MAX_CHUNKS} chunks of {room}) "
+                           f"are read, so shorten it{fewer}")
     if any(len(row) > tokenizer.length for row in rows):
         problem = f"{name} has {count} tokens" + (f" for {reader}, which reads at most {room}" if reader else f", of which at most {room} are read")
         if strict:
@@ -130,7 +130,8 @@ def chunked(text: str | Conjunct, tokenizer: Tokens, *, name: str = "prompt", at
         rows = [[*row[:tokenizer.length - tokenizer.closing], *row[len(row) - tokenizer.closing:]] for row in rows]
         count = room
     said = text.text if isinstance(text, Conjunct) else text
-    ids, weights = (tuple(_filled([token[side] for token in row], tokenizer, with_) for row in rows) for side, with_ in ((0, tokenizer.pad), (1, 1.0)))
+    ids = tuple(_filled([i for i, _ in row], tokenizer, tokenizer.pad) for row in rows)
+    weights = tuple(_filled([weight for _, weight in row], tokenizer, 1.0) for row in rows)
     return PromptChunks(said, ids, count, tuple(map(len, rows)), tokenizer.left, note, weights).grown(at_least, tokenizer)
 
 
@@ -165,7 +166,8 @@ def laid_spans(prompt: Parsed, tokenizers: Mapping[str, Tokens], *, steps: int, 
     """A prompt that was read, by step, for every encoder; all chunks levelled, so that one stands for another in a batch.
 
     Args:
-        texts: by tokenizer's name, what an encoder hears instead. It has as many prompts joined by AND as `prompt`, or one that goes with all of them.
+        texts: by tokenizer's name, what an encoder hears instead. It has as many prompts joined by AND as `prompt`, or one that
+            goes with all of them.
         backtrack: see `chunked`; None is 20 for a1111 prompts and 0 for others.
 
     Raises:
@@ -174,11 +176,13 @@ def laid_spans(prompt: Parsed, tokenizers: Mapping[str, Tokens], *, steps: int, 
     said: list[str] = []
     for reader, own in (texts or {}).items():
         if len(own.parts) not in (1, len(prompt.parts)):
-            raise RequestError(f"{name} has {len(prompt.parts)} prompts joined by AND and {_called(name, reader)} has {len(own.parts)}: write as many, or one")
+            raise RequestError(f"{name} has {len(prompt.parts)} prompts joined by AND and {_called(name, reader)} has {len(own.parts)}: "
+                               "write as many, or one")
         if len(own.parts) > 1 and [part.weight for part in own.parts] != [part.weight for part in prompt.parts]:
             said.append(f"{_called(name, reader)}: the weights of its prompts joined by AND are those of {name}")
     if any(parsed.breaks for parsed in (prompt, *(texts or {}).values())):
-        said += [f"{name}: BREAK says nothing to {reader}, which reads all in one chunk" for reader, tokens in tokenizers.items() if not tokens.several]
+        whole = [reader for reader, tokens in tokenizers.items() if not tokens.several]
+        said += [f"{name}: BREAK says nothing to {reader}, which reads all in one chunk" for reader in whole]
     reach = backtrack if backtrack is not None else BACKTRACK if prompt.dialect == "a1111" else 0
     spans = {"": prompt.spans(steps), **{reader: own.spans(steps) for reader, own in (texts or {}).items()}}
     made, first = [], 1
@@ -198,8 +202,11 @@ def level_spans(several: Sequence[tuple[LaidSpan, ...]], tokenizers: Mapping[str
     """Prompts by step (a positive and a negative one) with empty chunks added until all that may have several chunks have as many."""
     chunks = [laid for spans in several for span in spans for one in span.conjuncts for laid in one.chunks.values()]
     count = max((len(laid.ids) for laid in chunks), default=1)
-    return [tuple(replace(span, conjuncts=tuple(LaidConjunct(one.weight, {reader: laid.grown(count, tokenizers[reader]) for reader, laid in one.chunks.items()})
-                                                for one in span.conjuncts)) for span in spans) for spans in several]
+
+    def grown(one: LaidConjunct) -> LaidConjunct:
+        return LaidConjunct(one.weight, {reader: laid.grown(count, tokenizers[reader]) for reader, laid in one.chunks.items()})
+
+    return [tuple(replace(span, conjuncts=tuple(map(grown, span.conjuncts))) for span in spans) for spans in several]
 
 
 def silent(chunks: PromptChunks, tokenizer: Tokens) -> PromptChunks:

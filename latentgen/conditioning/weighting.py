@@ -94,8 +94,8 @@ def weighted(states: Tensor, weights: Tensor, rule: Rule, *, empty: Tensor | Non
     if rule not in RULES:
         raise RequestError(f"weighting is {rule!r:.40}: expected one of {', '.join(map(repr, RULES))}")
     if weights.shape != states.shape[:2]:
-        raise RequestError(f"there are {tuple(weights.shape)} weights of tokens and {tuple(states.shape[:2])} states: this prompt cannot be weighed here, "
-                           "so leave its weights out")
+        raise RequestError(f"there are {tuple(weights.shape)} weights of tokens and {tuple(states.shape[:2])} states: this prompt cannot be weighed "
+                           "here, so leave its weights out")
     touched = (weights != 1).any(dim=1)
     if not bool(touched.any()):
         return states

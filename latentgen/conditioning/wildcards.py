@@ -207,7 +207,8 @@ def read_styles(path: Path) -> dict[str, Style]:
         raise RequestError(f"{what} are no TOML: {' '.join(str(error).split()):.120}") from None
     made = {}
     for name, table in tables.items():
-        if not isinstance(table, dict) or not table or set(table) - {"prompt", "negative"} or not all(isinstance(text, str) for text in table.values()):
+        texts = table if isinstance(table, dict) else {}
+        if not texts or set(texts) - {"prompt", "negative"} or not all(isinstance(text, str) for text in texts.values()):
             raise RequestError(f"{what} have {name!r:.60}, which is no style: expected a table with the texts prompt, negative or both")
         made[name] = Style(name, **table)
     return made

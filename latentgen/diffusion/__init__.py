@@ -1,7 +1,7 @@
 """The mathematics of diffusion. Imports torch and nothing else; knows no prompt, model, device or image.
 
-A denoiser maps (x, level) to x0. `level` says what a level is, `schedule` which levels a run visits, `sample` how x moves
-between them, `guide` wraps denoisers, `noise` turns seeds into noise.
+A denoiser maps (x, level) to x0. `level` says what a level is, `schedule` which levels a run visits, `sample` which samplers there
+are to move x between them (`samplers`), `names` what others call them, `guide` wraps denoisers, `noise` turns seeds into noise.
 """
 
 from latentgen.diffusion.guide import guided, masked
@@ -16,22 +16,31 @@ from latentgen.diffusion.level import (
     prediction_row,
     start,
 )
+from latentgen.diffusion.names import Ours, foreign, from_diffusers
 from latentgen.diffusion.noise import SeededNoise
-from latentgen.diffusion.sample import SAMPLERS, SamplerInfo, Step, sampler
-from latentgen.diffusion.schedule import SPACINGS, shifted, spacing, zero_terminal_snr
+from latentgen.diffusion.sample import SAMPLERS, Option, SamplerInfo, Step, asked, sampler
+from latentgen.diffusion.schedule import SPACINGS, UNSHIFTED, Levels, explicit, shifted, spacing, zero_terminal_snr
 
 __all__ = [
     "SAMPLERS",
     "SPACINGS",
+    "UNSHIFTED",
     "Denoiser",
     "Level",
+    "Levels",
     "NoisePath",
+    "Option",
+    "Ours",
     "RectifiedFlow",
     "SamplerInfo",
     "SeededNoise",
     "Step",
     "VarianceExploding",
     "VariancePreserving",
+    "asked",
+    "explicit",
+    "foreign",
+    "from_diffusers",
     "guided",
     "masked",
     "noised",

@@ -145,7 +145,8 @@ SAMPLERS: dict[str, SamplerInfo] = {
                         5, False, 6, {"rtol": Option("relative tolerance, 0 for fixed steps", 0, 1), "atol": Option("absolute tolerance", 1e-12, 1)}, True),
     "restart": SamplerInfo(one_step.restart, "Heun, and back up to more noise in between", "Xu et al. 2023 (Restart)", 2, True, 2, {
         "times": Option("restarts", 1, 100, True), "inner": Option("steps of each way back down", 1, 100, True),
-        "s_low": Option("ratio sigma / alpha that it restarts from", 1e-4, 1e4), "s_high": Option("ratio sigma / alpha that it goes back to", 1e-4, 1e4)}, True),
+        "s_low": Option("ratio sigma / alpha that it restarts from", 1e-4, 1e4),
+        "s_high": Option("ratio sigma / alpha that it goes back to", 1e-4, 1e4)}, True),
     "lcm": SamplerInfo(one_step.lcm, "for latent consistency models: x0, and all noise anew", "Luo et al. 2023 (LCM)", 1, True),
     "consistency": SamplerInfo(one_step.consistency, "for consistency models, in one step or few", "Song et al. 2023 (consistency models)", 1, True,
                                options={"s_min": Option("ratio sigma / alpha that the model stops at", 0, 10), "s_noise": S_NOISE}),
@@ -174,7 +175,7 @@ def _hint(found: Ours | None) -> str:
     if found is None:
         return ""
     if found.sampler is None:
-        return f"{found.note}. " if found.note else ""
+        return f"that is a spacing, {found.spacing!r} here. " if found.spacing else f"{found.note}. "
     said = [f"spacing {found.spacing!r}"] if found.spacing else []
     said += [f"{name} {value!r}" for name, value in found.options.items()]
     return f"did you mean {found.sampler!r}{' with ' + ' and '.join(said) if said else ''}? "

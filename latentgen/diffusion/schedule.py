@@ -8,24 +8,44 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from latentgen.diffusion.level import Level, NoisePath, RectifiedFlow, VariancePreserving, expit
+from latentgen.diffusion.spacings import AYS_TABLE, RHO, align_your_steps, beta_times, even, from_values, linear_quadratic, ramp
 from latentgen.errors import RequestError
 
-SPACINGS = ("linspace", "leading", "trailing", "simple", "karras", "exponential")
+SPACINGS = ("linspace", "leading", "trailing", "simple", "normal", "sgm_uniform", "beta", "karras", "exponential", "polyexponential", "kl_optimal",
+            "linear_quadratic", "ays", "ays_xl", "ays_video")
+UNSHIFTED = ("karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", "ays", "ays_xl", "ays_video")  # a shift does not reach them
 
-RHO = 7.0  # Karras et al. 2022, eq. 5: bends the steps towards the clean end
+
+class Levels(tuple[Level, ...]):
+    """The levels of a run and the path they lie on, for samplers that ask between them. Equal to a tuple of the same levels; slices keep the path."""
+
+    path: NoisePath | None
+
+    def __new__(cls, levels: Iterable[Level], path: NoisePath | None = None) -> Levels:
+        made = super().__new__(cls, levels)
+        made.path = path
+        return made
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        return Levels(found, self.path) if isinstance(key, slice) else found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Levels, (tuple(self), self.path)
 
 
 def linear(train_steps: int, beta_start: float, beta_end: float) -> tuple[float, ...]:
     """alphas_bar of betas that grow linearly (Ho et al. 2020, section 4)."""
-    return _cumulative(_linspace(beta_start, beta_end, train_steps))
+    return _cumulative(even(beta_start, beta_end, train_steps))
 
 
 def scaled_linear(train_steps: int, beta_start: float, beta_end: float) -> tuple[float, ...]:
     """alphas_bar of betas whose square roots grow linearly (latent diffusion, Rombach et al. 2022)."""
-    return _cumulative(root**2 for root in _linspace(math.sqrt(beta_start), math.sqrt(beta_end), train_steps))
+    return _cumulative(root**2 for root in even(math.sqrt(beta_start), math.sqrt(beta_end), train_steps))
 
 
 def cosine(train_steps: int) -> tuple[float, ...]:
@@ -50,38 +70,88 @@ def shifted(s: float, shift: float) -> float:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offset: int = 0, terminal: float = 0.0) -> tuple[Level, ...]:
+def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offset: int = 0, terminal: float = 0.0, rho: float | None = None) -> Levels:
     """The steps + 1 levels of a run, noisiest first; the last is clean (alpha = 1, sigma = 0).
 
-    With T = path.train_steps, on a table (`VariancePreserving`) all of these are whole timesteps, as in Lin et al. 2023, table 2:
+    With T = path.train_steps, on a table (`VariancePreserving`) these are timesteps, whole in the first four (Lin et al. 2023, table 2):
       linspace     T - 1 down to 0, evenly, both ends included; a single step is taken at T - 1
       leading      multiples of T // steps, plus `offset` (Stable Diffusion's own sampler: 1); starts below T - 1
       trailing     T - 1 downwards in steps of T / steps, rounded; the one to use where alpha(T - 1) = 0
       simple       as trailing, rounded towards noise (ComfyUI's "simple")
+      normal       as linspace, not rounded (ComfyUI's "normal", k-diffusion's own)
+      sgm_uniform  the first `steps` of steps + 1 such timesteps (ComfyUI's "sgm_uniform")
+      beta         at even quantiles of a Beta(0.6, 0.6) distribution, whole where that keeps them apart (ComfyUI's "beta")
     On a continuous path timestep t is position (t + 1) / T and nothing is rounded: trailing and simple are s = 1 - i / steps
-    (FLUX), and linspace is s = 1 ... 1/T (Stable Diffusion 3). There `shift` bends s through `shifted`; linspace's lower end is
-    shifted before it is spaced, and so twice in all, as diffusers does. A `terminal` above 0 then stretches the distances from
-    s = 1 so that the last level before the clean one lies there (as LTX-Video's schedule does).
-      karras       sigma / alpha from that of s = 1 to that of s = 1/T, evenly in its 7th root (Karras et al. 2022, eq. 5)
-      exponential  the same ends, evenly in its logarithm
-    Where s = 1 has alpha = 0, sigma / alpha is infinite: the two ramps are then laid from one training step below
-    (s = 1 - 1/T), and their first level put back to s = 1, where the network expects pure noise.
+    (FLUX), and linspace is s = 1 ... 1/T (Stable Diffusion 3). There `shift` bends s through `shifted`; the lower end of linspace,
+    normal and sgm_uniform is shifted before it is spaced, and so twice in all, as diffusers and ComfyUI do. A `terminal` above 0
+    then stretches the distances from s = 1 so that the last level before the clean one lies there (as LTX-Video's schedule does).
+    The rest are laid in sigma / alpha, and take no shift:
+      karras           from that of s = 1 to that of s = 1/T, evenly in its rho-th root, rho 7 (Karras et al. 2022, eq. 5)
+      exponential      the same ends, evenly in its logarithm
+      polyexponential  the same, the logarithm a power rho of an even ramp; at rho 1, as k-diffusion has it, that is exponential
+      kl_optimal       the same ends, evenly in its arc tangent (Sabour et al. 2024, theorem 3.1)
+      linear_quadratic half of the steps within 2.5 % of the noise, then a parabola (Movie Gen); in s on a rectified flow
+      ays, ays_xl, ays_video   the tables of Sabour et al. 2024, "Align Your Steps", for the schedules they were made for
+    Where s = 1 has alpha = 0, sigma / alpha is infinite: ramps are then laid from one training step below (s = 1 - 1/T), and their
+    first level put back to s = 1, where the network expects pure noise.
 
-    Raises RequestError for an unknown name, steps outside [1, T], or a shift or offset that would have no effect.
+    Raises RequestError for an unknown name, steps outside [1, T], a table on another schedule, or a shift, offset or rho without effect.
     """
     _check_spacing(name, path, steps, shift, offset)
-    if name in ("karras", "exponential"):
-        return (*_ramp(name, path, steps), path.at(0.0))
-    if isinstance(path, VariancePreserving):
-        return (*(path.at_time(t) for t in _timesteps(name, path.train_steps, steps, offset)), path.at(0.0))
-    positions = [shifted(s, shift) for s in _positions(name, path.train_steps, steps, shift, offset)]
-    return (*(path.at(s) for s in _stretched(positions, terminal)), path.at(0.0))
+    _check_rho(name, rho)
+    if name.startswith("ays"):
+        made = align_your_steps(name, path, steps, scaled_linear(*AYS_TABLE))
+    elif name == "linear_quadratic":
+        made = linear_quadratic(path, steps)
+    elif name in UNSHIFTED:
+        made = ramp(name, path, steps, rho)
+    elif isinstance(path, VariancePreserving):
+        made = [path.at_time(t) for t in _timesteps(name, path.train_steps, steps, offset)]
+    else:
+        positions = [shifted(s, shift) for s in _positions(name, path.train_steps, steps, shift, offset)]
+        made = [path.at(s) for s in _stretched(positions, terminal)]
+    return Levels((*made, path.at(0.0)), path)
 
 
-def _timesteps(name: str, train_steps: int, steps: int, offset: int) -> list[int]:
-    """The even spacings of a table of T timesteps, largest first. Python and numpy both round halves to even."""
+def explicit(path: NoisePath, *, times: Sequence[float] | None = None, sigmas: Sequence[float] | None = None) -> Levels:
+    """The levels that someone gave, noisiest first; the clean end is added.
+
+    times: training timesteps of a table; on other paths, times as the path's levels have them (1000 * s on a flow).  sigmas: s on a rectified flow,
+    sigma / alpha elsewhere (what diffusers and k-diffusion call sigmas); a 0 at the end may be there or not.
+    Raises RequestError unless exactly one is given, and its values fall and lie on the path.
+    """
+    if (times is None) == (sigmas is None):
+        raise RequestError("levels are given by times or by sigmas: pass one of them.")
+    if times is not None:
+        if isinstance(path, VariancePreserving):
+            return Levels((*from_values(times, "times", path.at_time, table=True), path.at(0.0)), path)
+        if not isinstance(path, RectifiedFlow):
+            raise RequestError(f"times are given, but those of {type(path).__name__} are no timesteps: pass sigmas.")
+        scaled = [float(t) / path.train_steps for t in times]
+        return Levels((*from_values(scaled, "times", path.at), path.at(0.0)), path)
+    assert sigmas is not None
+
+    def to_level(sigma: float) -> Level:
+        if isinstance(path, RectifiedFlow):
+            return path.at(sigma)
+        level, top = path.at(path.find(-math.log(sigma))), path.at(1.0)
+        if top.alpha * sigma > top.sigma * (1 + 1e-4):  # tables are published in a few digits
+            raise RequestError(f"sigma {sigma:g} is noisier than the model was trained for: give at most {top.sigma / top.alpha:g}.")
+        return level
+
+    return Levels((*from_values(sigmas, "sigmas", to_level), path.at(0.0)), path)
+
+
+def _timesteps(name: str, train_steps: int, steps: int, offset: int) -> Sequence[float]:
+    """The spacings of a table of T timesteps, largest first. Python and numpy both round halves to even."""
+    if name == "normal":
+        return even(train_steps - 1, 0, steps)
+    if name == "sgm_uniform":
+        return even(train_steps - 1, 0, steps + 1)[:-1]
+    if name == "beta":
+        return beta_times(train_steps, steps, whole=True)
     if name == "linspace":
-        return [round(t) for t in _linspace(0, train_steps - 1, steps)][::-1] if steps > 1 else [train_steps - 1]
+        return [round(t) for t in even(0, train_steps - 1, steps)][::-1] if steps > 1 else [train_steps - 1]
     if name == "leading":
         return [i * (train_steps // steps) + offset for i in reversed(range(steps))]
     if name == "trailing":
@@ -91,9 +161,13 @@ def _timesteps(name: str, train_steps: int, steps: int, offset: int) -> list[int
 
 
 def _positions(name: str, train_steps: int, steps: int, shift: float, offset: int) -> list[float]:
-    """The even spacings of a continuous path, largest first, before the shift."""
-    if name == "linspace":
-        return _linspace(1.0, shifted(1 / train_steps, shift), steps)
+    """The spacings of a continuous path, largest first, before the shift."""
+    if name in ("linspace", "normal"):
+        return even(1.0, shifted(1 / train_steps, shift), steps)
+    if name == "sgm_uniform":
+        return even(1.0, shifted(1 / train_steps, shift), steps + 1)[:-1]
+    if name == "beta":
+        return [(t + 1) / train_steps for t in beta_times(train_steps, steps, whole=False)]
     if name == "leading":
         return [(t + 1) / train_steps for t in _timesteps(name, train_steps, steps, offset)]
     return [1 - i / steps for i in range(steps)]
@@ -105,18 +179,6 @@ def _stretched(positions: list[float], terminal: float) -> list[float]:
     return positions if not terminal or reach <= 0 else [1 - (1 - s) * ((1 - terminal) / reach) for s in positions]
 
 
-def _ramp(name: str, path: NoisePath, steps: int) -> list[Level]:
-    """`steps` levels even in a power or the logarithm of sigma / alpha; the ends are the path's own."""
-    first, last = path.at(1.0), path.at(1 / path.train_steps)
-    noisy = first if first.alpha > 0 else path.at(1 - 1 / path.train_steps)
-    high, low = -noisy.half_log_snr, -last.half_log_snr
-    if name == "exponential":
-        ramp = _linspace(high, low, steps)
-    else:
-        ramp = [RHO * math.log(root) for root in _linspace(math.exp(high / RHO), math.exp(low / RHO), steps)]
-    return [first, *(path.at(path.find(-log_ratio)) for log_ratio in ramp[1:-1]), last][:steps]
-
-
 def _check_spacing(name: str, path: NoisePath, steps: int, shift: float, offset: int) -> None:
     if name not in SPACINGS:
         close = difflib.get_close_matches(str(name).lower(), SPACINGS, 1)
@@ -126,10 +188,10 @@ def _check_spacing(name: str, path: NoisePath, steps: int, shift: float, offset:
         raise RequestError(f"steps is {steps!r}: give a whole number from 1 to {path.train_steps}.")
     if not 0 < shift < math.inf:
         raise RequestError(f"shift is {shift}: give a number above 0 (1 leaves the spacing as it is).")
-    if shift != 1 and (not isinstance(path, RectifiedFlow) or name in ("karras", "exponential")):
+    if shift != 1 and (not isinstance(path, RectifiedFlow) or name in UNSHIFTED):
         raise RequestError(
             f"shift {shift} has no effect on {type(path).__name__} with {name} spacing: leave it at 1, "
-            "or use a rectified-flow model with linspace, leading, trailing or simple spacing."
+            "or use a rectified-flow model with linspace, leading, trailing, simple, normal, sgm_uniform or beta spacing."
         )
     if offset and name != "leading":
         raise RequestError(f"offset {offset} was given with {name} spacing: only leading spacing has an offset.")
@@ -137,10 +199,11 @@ def _check_spacing(name: str, path: NoisePath, steps: int, shift: float, offset:
         raise RequestError(f"offset {offset} leaves the {path.train_steps} training timesteps at {steps} steps: use fewer steps or offset 0.")
 
 
-def _linspace(start: float, stop: float, count: int) -> list[float]:
-    if count == 1:
-        return [start]
-    return [start + i * ((stop - start) / (count - 1)) for i in range(count - 1)] + [stop]
+def _check_rho(name: str, rho: float | None) -> None:
+    if rho is not None and name not in RHO:
+        raise RequestError(f"rho {rho} was given with {name} spacing: only {' and '.join(RHO)} have a rho.")
+    if rho is not None and not 0 < rho <= 100:
+        raise RequestError(f"rho is {rho}: give a number above 0, at most 100.")
 
 
 def _cumulative(betas: Iterable[float]) -> tuple[float, ...]:

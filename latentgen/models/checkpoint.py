@@ -17,6 +17,7 @@ from latentgen.errors import ModelError
 from latentgen.models.card import Card, families, family_file, find_card, published, read_card
 from latentgen.models.convert import find_prefix
 from latentgen.models.family import Config, Family, FamilyFile, Model, Part
+from latentgen.models.header import regular_file
 from latentgen.models.load import Source, check_config, check_fit, digest, part_config, weights_files
 from latentgen.models.pickles import refuse_pickle
 
@@ -120,7 +121,7 @@ class _Found:
 def _locate(source: str | Path | None, report: Callable[[int, int, str], object] | None) -> tuple[Card | None, Path]:
     """The card, if the source has one, and the folder or file."""
     if not isinstance(source, (str, Path)) or not str(source).strip() or "\x00" in str(source):
-        raise ModelError(f"the model is {source!r:.60}: expected a name that `latentgen models` lists, a folder, a file or a hub name")
+        raise ModelError(f"the model is {source!r:.60}: expected a name that `latentgen models` lists, a folder, a file, a hub name, or denoiser=PATH")
     path = Path(source)
     if path.is_file():
         return None, path
@@ -191,12 +192,14 @@ def _from_file(path: Path, card: Card | None, config: str | Path | None, allow_p
     headers = Source(path.name, files, {}).headers()
     shapes = {name: t.shape for h in headers for name, t in h.tensors.items()}
     found = identify(shapes)
-    given = Path(config) if config is not None and Path(config).is_dir() else None
+    given = None if config is None else _config_folder(config)
     if found is None and given is None:
         raise _not_a_denoiser(inspect(path), path)
     notes: tuple[str, ...] = ()
     if given is not None:
         whole = _from_folder_configs(given)
+        if found is not None and found.family != whole.family:
+            raise ModelError(f"{path.name} is {found.variant} by its tensors but config= names {given.name}, which is of the family {whole.family}: leave config= out")
         family, variant, configs, tokenizers = whole.family, whole.variant, whole.configs, whole.tokenizers
     else:
         assert found is not None
@@ -232,7 +235,7 @@ def _stored(place: Path, allow_pickle: bool) -> tuple[tuple[Path, ...], Config |
         return weights_files(place, root=_root(place), allow_pickle=allow_pickle), part_config(place)
     if not allow_pickle:
         refuse_pickle(place)
-    return (place,), None
+    return (regular_file(place),), None
 
 
 def _not_a_denoiser(report: Report, path: Path) -> ModelError:
@@ -245,7 +248,8 @@ def _not_a_denoiser(report: Report, path: Path) -> ModelError:
     if report.kind in ("VAE", "text encoder"):
         keyword = "vae=" if report.kind == "VAE" else "text_encoder="
         return ModelError(f"{path.name} is {report.what}: {expected}, so load one of these and name the file beside it, as {keyword}")
-    return ModelError(f"{path.name} is {report.what}: {expected}; `latentgen inspect` tells more, config= names a folder with configs for one of "
+    why = f" ({report.notes[-1]})" if report.kind == "unknown" and report.notes else ""
+    return ModelError(f"{path.name} is {report.what}{why}: {expected}; `latentgen inspect` tells more, config= names a folder with configs for one of "
                       "an unusual size")
 
 
@@ -259,6 +263,17 @@ def _check_variant(path: Path, found: Identified, variant: str, said: str) -> No
     signed = {signature.variant for _, file in family_files() for signature in file.SIGNATURES}
     if variant in signed and variant not in twins(found):
         raise ModelError(f"{path.name} is {found.variant} by its tensors but {said} says {variant}: leave {said} out, or give the file that it is for")
+
+
+def _config_folder(config: str | Path) -> Path | None:
+    """The folder that `config` names, None where it is a variant's name."""
+    if not isinstance(config, (str, Path)) or "\x00" in str(config):
+        raise ModelError(f"config is {config!r:.60}: expected a published variant's name or a folder in diffusers layout")
+    if Path(config).is_dir():
+        return Path(config)
+    if isinstance(config, Path) or Path(config).name != config:
+        raise ModelError(f"config is {Path(config).name!r}, which is no folder: expected a published variant's name or a folder in diffusers layout")
+    return None
 
 
 def _from_folder_configs(folder: Path) -> _Found:
@@ -306,6 +321,8 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pic
     missing = [p.name for p in family.parts if p.name not in sources]
     if missing:
         raise ModelError(f"{found.label} has no {' and no '.join(missing)}: name {'them' if missing[1:] else 'it'}, as in load(..., {missing[0]}=PATH)")
+    if odd := [name for name in said if name.startswith("tokenizer") and name not in family.tokenizers]:
+        raise ModelError(f"{found.label} reads no {odd[0]}: expected {' or '.join(family.tokenizers)}, so leave it out")
     tokenizers = {name: read_tokens(spec if spec.pad else replace(spec, pad=_pad(configs, name)), places.get(name), name=name)
                   for name, spec in family.tokenizers.items()}
     for name, tokens in tokenizers.items():
@@ -333,6 +350,8 @@ def _named_part(file: FamilyFile, name: str, family: str) -> Part | None:
 
 
 def _there(path: str | Path, name: str) -> Path:
+    if not isinstance(path, (str, Path)) or not str(path) or "\x00" in str(path):
+        raise ModelError(f"{name} is {path!r:.60}: expected a file or a folder")
     place = Path(path)
     if not place.exists():
         raise ModelError(f"{name} is {place.name!r}, which is not there: expected a file or a folder")

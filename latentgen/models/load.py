@@ -72,25 +72,48 @@ class Source:
         return sum(t.end - t.start for name, t in tensors.items() if name.startswith(prefix or ""))
 
 
-def empty_module(source: Source, part: Part) -> nn.Module:
-    """The part's module with parameters on the meta device; buffers that its class computes are real.
+def empty_module(source: Source, part: Part, *, shapes_only: bool = False) -> nn.Module:
+    """The part's module with parameters on the meta device. What its class computes and no file holds (rope tables, position ids) is real.
+
+    Args:
+        shapes_only: leave that on the meta device, too: the module cannot run, but its `state_dict` has every name and shape.
 
     Raises:
         ModelError: an unknown class, or a config that does not fit it.
     """
+    import torch
+
     library, name = part.cls.split(".")
     cls = part_class(part.cls)
     check_config(source.config, source.label)
     said = source.config.get("_class_name", name)
     if said != name and not (said == GENERAL and name.endswith(GENERAL)):
         raise ModelError(f"the config of {source.label} describes a {shorten(str(said), 60)}: expected {name}, so another part's files may lie there")
+
+    def made() -> nn.Module:
+        if library == "diffusers":
+            return cls.from_config(_init_arguments(cls, source.config))
+        return cls(cls.config_class(**source.config, attn_implementation="sdpa"))
+
     try:
+        with torch.device("meta"):
+            module = made()
+        if shapes_only or not _computes(module):
+            return module
         with _EmptyOnMeta():
-            if library == "diffusers":
-                return cls.from_config(_init_arguments(cls, source.config))
-            return cls(cls.config_class(**source.config, attn_implementation="sdpa"))
+            return made()
     except Exception as error:
         raise ModelError(f"the config of {source.label} does not fit {name}: {shorten(str(error), 200)}") from error
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module on the meta device has tensors that its class made and that are not in its `state_dict`, so that no file can fill them."""
+    import torch
+
+    kept = module.state_dict()
+    buffers = any(name not in kept for name, _ in module.named_buffers())
+    return buffers or any(isinstance(item, torch.Tensor) for owner in module.modules() for value in vars(owner).values()
+                          for item in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 def part_class(declared: str) -> type:
@@ -117,7 +140,7 @@ def check_fit(source: Source, part: Part) -> None:
     from latentgen.models.convert import dequantised
 
     shapes = {name: torch.empty(t.shape, device="meta") for h in source.headers() for name, t in h.tensors.items()}
-    module = empty_module(source, part)
+    module = empty_module(source, part, shapes_only=True)
     _compare(_own_names(dequantised(shapes, torch.float32), source, part, module), module, source.label)
 
 

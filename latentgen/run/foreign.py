@@ -19,14 +19,16 @@ from latentgen.run.parameters import Parameters, read_parameters
 from latentgen.run.request import ALIASES, Request
 
 _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, so that a later one may correct an earlier one
-    "Steps": ("steps", whole), "CFG scale": ("guidance_scale", number), "Image CFG scale": ("image_guidance_scale", number), "Clip skip": ("clip_skip", whole),
+    "Steps": ("steps", whole), "CFG scale": ("guidance_scale", number), "Image CFG scale": ("image_guidance_scale", number),
+            "Clip skip": ("clip_skip", whole),
     "Eta": ("eta", number), "Eta DDIM": ("eta", number), "Shift": ("shift", number), "CFG Rescale phi": ("guidance_rescale", number),
-    "CFG rescale": ("guidance_rescale", number), "Variation seed": ("variation_seed", whole), "Variation seed strength": ("variation_strength", number),
+    "CFG rescale": ("guidance_rescale", number), "Variation seed": ("variation_seed", whole),
+            "Variation seed strength": ("variation_strength", number),
 }
-_READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App", "Distilled CFG Scale"}
-_SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser", "Emphasis"}  # they say nothing about the picture, or what is so here too
-_KARRAS_BY_ITSELF = {"dpmpp_2m": "karras", "dpmpp_2s_ancestral": "karras", "dpmpp_sde": "karras", "dpm_2": "karras", "dpm_2_ancestral": "karras",
-                     "dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}  # what A1111's schedule "Automatic" stands for
+_READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
+         "Distilled CFG Scale"}
+_SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser",
+           "Emphasis"}  # they say nothing about the picture, or what is so here too
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
 
 
@@ -37,7 +39,8 @@ def read_foreign(texts: Mapping[str, str]) -> Foreign | None:
         texts: see `latentgen.pixels.save.read_metadata`.
     """
     readers = (("invokeai_metadata", from_invoke), ("sd-metadata", from_old_invoke), ("Sd-metadata", from_old_invoke), (PARAMETERS, from_diffusers),
-               ("prompt", from_prompt), ("workflow", from_workflow), ("Comment", from_diffusers), ("diffusers", from_diffusers), ("recipe", from_diffusers))
+               ("prompt", from_prompt), ("workflow", from_workflow), ("Comment", from_diffusers), ("diffusers", from_diffusers),
+               ("recipe", from_diffusers))
     parameters = read_parameters(texts.get(PARAMETERS, ""))
     if parameters is not None and "invokeai_metadata" not in texts:
         return from_parameters(parameters)
@@ -63,9 +66,7 @@ def from_parameters(read: Parameters) -> Foreign:
         if cfg not in ("1", "1.0"):
             found.take("true_cfg_scale", cfg, number, said="CFG scale")
     schedule = settings.get("Schedule type") or settings.get("Scheduler")
-    found.take_sampler(settings.get("Sampler"), schedule, usual="leading" if settings.get("Sampler") == "DDIM" else "linspace")
-    if schedule == "Automatic" and (chosen := _KARRAS_BY_ITSELF.get(str(found.fields.get("sampler")))):
-        found.take("spacing", chosen)
+    found.take_sampler(settings.get("Sampler"), schedule, program="A1111", usual="leading" if settings.get("Sampler") == "DDIM" else "normal")
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", settings.get("Size", ""))
     if size:
         found.take("width", size[1], whole, said="Size")
@@ -118,7 +119,8 @@ def from_diffusers(data: Mapping[str, Any]) -> Foreign | None:
     found = Found(base_name(data.get("version") or data.get("software") or "diffusers"))
     found.take_prompts(*(next((data[key] for key in data if names[key] == wanted), None) for wanted in ("prompt", "negative_prompt")))
     kinds = {"steps": whole, "seed": whole, "width": whole, "height": whole, "clip_skip": whole} | dict.fromkeys(
-        ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end"), number)
+        ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end"),
+        number)
     for key, name in names.items():
         value = data[key]
         if key == "clip_skip" and isinstance(value, int) and "num_inference_steps" in data:
@@ -148,13 +150,9 @@ def _diffusers_size(data: Mapping[str, Any], found: Found) -> None:
 
 def _diffusers_sampler(data: Mapping[str, Any], found: Found) -> None:
     """The scheduler, as a class's name or as its config."""
-    said, spacing = data.get("sampler_name") or data.get("sampler") or data.get("scheduler"), None
-    if "sampler" in data and isinstance(data.get("scheduler"), str):
-        spacing = data["scheduler"]
-    config = said if isinstance(said, dict) else data.get("scheduler_config") if isinstance(data.get("scheduler_config"), dict) else {}
-    said = config.get("_class_name", said)
-    marks = (("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential"), ("use_beta_sigmas", "beta"))
-    spacing = spacing or next((name for mark, name in marks if config.get(mark)), config.get("timestep_spacing") or data.get("timestep_spacing"))
-    if config.get("algorithm_type") == "sde-dpmsolver++":
-        said = "dpmpp_2m_sde"
+    said = data.get("sampler_name") or data.get("sampler") or data.get("scheduler")
+    spacing = data.get("scheduler") if data.get("sampler") else data.get("timestep_spacing")
+    config = said if isinstance(said, dict) else data.get("scheduler_config")
+    if isinstance(config, dict):
+        said = config if "_class_name" in config else {**config, "_class_name": str(said)}
     found.take_sampler(said, spacing)

@@ -15,13 +15,16 @@ Node = Mapping[str, Any]
 Graph = Mapping[str, Node]
 MOST_NODES = 5000
 _LATENT = ("latent_image", "samples", "latent", "optional_latent")
+_CONDITIONING = ("conditioning", "conditioning_1", "conditioning_2", "conditioning_to", "conditioning_from", "positive")
 _WIDGETS = {  # names of the values that older workflows list without them; None is a button of the screen
     "KSampler": ("seed", None, "steps", "cfg", "sampler_name", "scheduler", "denoise"),
-    "KSamplerAdvanced": ("add_noise", "noise_seed", None, "steps", "cfg", "sampler_name", "scheduler", "start_at_step", "end_at_step", "return_with_leftover_noise"),
-    "SamplerCustom": ("add_noise", "noise_seed", None, "cfg"), "KSamplerSelect": ("sampler_name",), "BasicScheduler": ("scheduler", "steps", "denoise"),
-    "RandomNoise": ("noise_seed",), "CFGGuider": ("cfg",), "CLIPTextEncode": ("text",), "CheckpointLoaderSimple": ("ckpt_name",), "UNETLoader": ("unet_name",),
-    "EmptyLatentImage": ("width", "height", "batch_size"), "LoraLoader": ("lora_name", "strength_model", "strength_clip"), "CLIPSetLastLayer": ("stop_at_clip_layer",),
-    "LoraLoaderModelOnly": ("lora_name", "strength_model"), "LoadImage": ("image",), "ConditioningZeroOut": (), "LatentUpscale": ("upscale_method", "width", "height"),
+    "KSamplerAdvanced": ("add_noise", "noise_seed", None, "steps", "cfg", "sampler_name", "scheduler", "start_at_step", "end_at_step",
+                         "return_with_leftover_noise"),
+    "SamplerCustom": ("add_noise", "noise_seed", None, "cfg"), "KSamplerSelect": ("sampler_name",), "RandomNoise": ("noise_seed",),
+    "BasicScheduler": ("scheduler", "steps", "denoise"), "CFGGuider": ("cfg",), "CLIPTextEncode": ("text",), "UNETLoader": ("unet_name",),
+    "CheckpointLoaderSimple": ("ckpt_name",), "EmptyLatentImage": ("width", "height", "batch_size"), "CLIPSetLastLayer": ("stop_at_clip_layer",),
+    "LoraLoader": ("lora_name", "strength_model", "strength_clip"), "LoraLoaderModelOnly": ("lora_name", "strength_model"),
+    "LoadImage": ("image",), "ConditioningZeroOut": (), "LatentUpscale": ("upscale_method", "width", "height"),
     "ControlNetLoader": ("control_net_name",), "PrimitiveNode": ("value",), "VAELoader": ("vae_name",), "RescaleCFG": ("multiplier",),
 }
 
@@ -51,7 +54,8 @@ def from_workflow(data: Mapping[str, Any]) -> Foreign | None:
             origins[str(link.get("id"))] = [str(link.get("origin_id")), link.get("origin_slot")]
         elif isinstance(link, list) and len(link) >= 3:
             origins[str(link[0])] = [str(link[1]), link[2]]
-    return from_prompt({str(node.get("id")): _as_ran(node, origins) for node in nodes[:MOST_NODES] if isinstance(node, dict) and node.get("mode") != 2})
+    return from_prompt({str(node.get("id")): _as_ran(node, origins) for node in nodes[:MOST_NODES] if isinstance(node, dict)
+                        and node.get("mode") != 2})
 
 
 def _as_ran(node: Node, origins: Mapping[Any, list[Any]]) -> dict[str, Any]:
@@ -65,7 +69,8 @@ def _as_ran(node: Node, origins: Mapping[Any, list[Any]]) -> dict[str, Any]:
     if isinstance(values, list):
         names = _WIDGETS.get(kind)
         if names is None:
-            names = tuple(slot["name"] for slot in slots if isinstance(slot.get("widget"), dict)) or (("text",) if kind.startswith("CLIPTextEncode") else ())
+            names = tuple(slot["name"] for slot in slots if isinstance(slot.get("widget"), dict)) or (("text",) if kind.startswith("CLIPTextEncode")
+                else ())
         if kind.startswith("Empty") and "Latent" in kind:
             names = _WIDGETS["EmptyLatentImage"]
         own = {name: value for name, value in zip(names, values, strict=False) if name}
@@ -103,7 +108,8 @@ def _first_sampler(graph: Graph) -> tuple[Node | None, list[Node]]:
     for end in ends:
         last = next((node for node in _upstream(graph, [end]) if _is_sampler(node)), None)
         if last is not None:
-            chain = [last, *(n for n in _upstream(graph, list(_links(last, _LATENT)), (*_LATENT, "pixels", "image", "images", "upscaled")) if _is_sampler(n) and n is not last)]
+            chain = [last, *(n for n in _upstream(graph, list(_links(last, _LATENT)), (*_LATENT, "pixels", "image", "images", "upscaled"))
+                             if _is_sampler(n) and n is not last)]
             return chain[-1], chain[:-1]
     return None, []
 
@@ -117,7 +123,8 @@ def _value(graph: Graph, value: Any) -> Any:
         if node is None:
             return None
         inputs = node["inputs"]
-        named = [inputs[name] for name in ("value", "seed", "noise_seed", "text", "string", "STRING", "int", "float", "Number", "Text") if name in inputs]
+        named = [inputs[name] for name in ("value", "seed", "noise_seed", "text", "string", "STRING", "int", "float", "Number", "Text")
+                 if name in inputs]
         value = next(iter(named or [v for v in inputs.values() if isinstance(v, list)]), None)
     return None
 
@@ -148,9 +155,10 @@ class _Reader:
         sigmas = self.behind(sampler, "sigmas")
         noise = self.behind(sampler, "noise") or sampler
         chosen = self.behind(sampler, "sampler")
-        name = self.said(sampler, "sampler_name") or self.said(chosen, "sampler_name") or ("" if chosen is None else str(chosen.get("class_type")).removeprefix("Sampler"))
+        own = "" if chosen is None else str(chosen.get("class_type")).removeprefix("Sampler")
+        name = self.said(sampler, "sampler_name") or self.said(chosen, "sampler_name") or own
         kind = "" if sigmas is None else str(sigmas.get("class_type")).removesuffix("Scheduler").removesuffix("Sigmas")
-        found.take_sampler(name, self.said(sampler, "scheduler") or self.said(sigmas, "scheduler") or kind)
+        found.take_sampler(name, self.said(sampler, "scheduler") or self.said(sigmas, "scheduler") or kind, program="ComfyUI")
         steps = self.said(sampler, "steps") or self.said(sigmas, "steps")
         found.take("steps", steps, whole)
         found.take("seed", self.said(noise, "noise_seed", "seed"), whole)
@@ -182,7 +190,7 @@ class _Reader:
     def conditioning(self, start: Node, side: str) -> list[Node]:
         """The nodes of one side's conditioning, nearest first, with notes on those that have no equivalent."""
         key = next(k for k, node in self.graph.items() if node is start)
-        nodes = list(_upstream(self.graph, [key], ("conditioning", "conditioning_1", "conditioning_2", "conditioning_to", "conditioning_from", side)))
+        nodes = list(_upstream(self.graph, [key], (*_CONDITIONING[:-1], side)))
         for node in nodes:
             kind, inputs = str(node.get("class_type")), node["inputs"]
             if "guidance" in inputs:
@@ -207,7 +215,7 @@ class _Reader:
         if not texts:
             self.found.note(f"the text of {node.get('class_type')} is made by other nodes and was not found")
             return
-        self.found.take_prompts(*((texts[0],) if not prefix else (self.found.fields.get("prompt", ""), texts[0])))
+        self.found.take_prompts(*((texts[0],) if not prefix else (None, texts[0])))
         for nth, text in enumerate(texts[1:], 2):
             if text and text != texts[0]:
                 self.found.take(f"{prefix}prompt_{nth}", text)
@@ -229,7 +237,8 @@ class _Reader:
         pixels = [node for node in nodes if "pixels" in node["inputs"]]
         if pixels or any("image" in node["inputs"] and "Load" in str(node.get("class_type")) for node in nodes):
             names = [base_name(value) for node in nodes if isinstance(value := node["inputs"].get("image"), str)]
-            found.need("image", f"it was made from the picture {names[0]!r}: give it as image" if names else "it was made from a picture: give it as image")
+            found.need("image", f"it was made from the picture {names[0]!r}: give it as image" if names
+                       else "it was made from a picture: give it as image")
             if any("mask" in node["inputs"] for node in nodes):
                 found.need("mask", "it was made with a mask, which the file does not hold: give it as mask")
             found.take("strength", denoise, number, said="denoise")
@@ -246,10 +255,11 @@ class _Reader:
     def model(self, node: Node) -> None:
         """What the network is called, and what was put on it."""
         found = self.found
-        for one in _upstream(self.graph, list(_links(node, ("model", "clip", "positive", "conditioning"))), ("model", "clip", "conditioning", "positive")):
+        for one in _upstream(self.graph, list(_links(node, ("model", *_CONDITIONING))), ("model", "clip", *_CONDITIONING)):
             inputs = one["inputs"]
             if "lora_name" in inputs:
-                found.note(f"LoRA {base_name(self.said(one, 'lora_name'))!r} at {self.said(one, 'strength_model')} was used, which is not loaded here")
+                name, strength = base_name(self.said(one, "lora_name")), self.said(one, "strength_model")
+                found.note(f"LoRA {name!r} at {strength} was used, which is not loaded here")
             elif "stop_at_clip_layer" in inputs:
                 layer = self.said(one, "stop_at_clip_layer")
                 found.take("clip_skip", -layer if isinstance(layer, int) else None, whole)

@@ -10,19 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from latentgen.diffusion.names import SPACING_NAMES, Ours, foreign, from_diffusers, plain
 from latentgen.diffusion.sample import SAMPLERS
 from latentgen.diffusion.schedule import SPACINGS
 from latentgen.errors import RequestError
 from latentgen.run.request import Request
 
 _NETWORKS = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})(?::[^<>]{0,80})?>")
-_RAMPS = ("karras", "exponential")
-_SAMPLERS = {  # spelt as `_plain` does, without the words that name a spacing
-    "eulera": "euler_ancestral", "keuler": "euler", "keulera": "euler_ancestral", "eulerdiscrete": "euler", "eulerancestraldiscrete": "euler_ancestral",
-    "flowmatcheulerdiscrete": "euler", "heundiscrete": "heun", "kheun": "heun", "dpm2m": "dpmpp_2m", "dpmsolvermultistep": "dpmpp_2m", "kdpmpp2m": "dpmpp_2m",
-    "dpmpp2msdegpu": "dpmpp_2m_sde", "flow": "euler",
-}
-_SPACINGS = {"uniform": "linspace", "normal": "linspace", "sgmuniform": "trailing", "ddimuniform": "leading", "ddim": "leading"}
+SAMPLER_OPTIONS = "sampler_options"  # the field for what only some samplers take
 
 
 @dataclass(frozen=True)
@@ -75,14 +70,14 @@ class Found:
             return False
         try:
             if name not in Request.model_fields:
-                raise RequestError("this latentgen has no equivalent")
-            value = kind(value) if kind is not None else value
-            Request(**({"prompt": ""} | {name: value}))
+                raise RequestError(f"{name}: there is no equivalent here")
+            read = kind(value) if kind is not None else value
+            Request(**({"prompt": ""} | {name: read}))
         except (RequestError, ValueError, TypeError, OverflowError) as error:
-            why = str(error).removeprefix(f"{name} is ") if isinstance(error, RequestError) else "it is not a number"
+            why = str(error).partition(": ")[2] if isinstance(error, RequestError) else "it is not a number"
             self.note(f"{said or name} {_short(value)} was not taken over: {why}")
             return False
-        self.fields[name] = value
+        self.fields[name] = read
         return True
 
     def note(self, note: str) -> None:
@@ -96,20 +91,47 @@ class Found:
             self.needs.append(picture)
         self.note(note)
 
-    def take_sampler(self, name: Any, spacing: Any = None, *, usual: str | None = None) -> None:
-        """Take over a sampler, and its spacing where one is named, in it or beside it; `usual` is the program's own spacing where none is."""
-        if not isinstance(name, str) or not name.strip():
-            return
-        sampler, inside = foreign_sampler(name)
-        if sampler is None:
-            self.note(f"sampler {_short(name)} has no equivalent here: the model's own is used")
+    def take_sampler(self, name: Any, spacing: Any = None, *, program: str | None = None, usual: str | None = None) -> None:
+        """Take over a sampler, and the spacing that is named in it or beside it.
+
+        Args:
+            name: as the program calls it, or a scheduler's config as diffusers writes it.
+            program: whose names they are, as `latentgen.diffusion.names` calls it.
+            usual: the program's own spacing, where it names none and the sampler brings none.
+        """
+        ours, said = foreign_sampler(name, program), name.get("_class_name") if isinstance(name, dict) else name
+        if ours is None or ours.sampler is None:
+            if said:
+                self.note(f"sampler {_short(said)} has no equivalent here ({ours.note if ours else 'it is not known'}): the model's own is used")
+            ours = Ours()
         else:
-            self.take("sampler", sampler)
-        said = spacing if isinstance(spacing, str) and spacing.strip() and _plain(spacing) != "automatic" else None
-        chosen = foreign_spacing(said) if said else inside or usual
-        if said and chosen is None:
-            self.note(f"schedule {_short(said)} has no equivalent here: the model's own spacing is used")
-        elif chosen is not None:
+            self.take("sampler", ours.sampler)
+            self._take_options(ours)
+            if ours.note:
+                self.note(f"sampler {_short(said)} is {ours.sampler} here: {ours.note}")
+        self._take_spacing(spacing, ours, program, usual if ours.sampler else None)
+
+    def _take_options(self, ours: Ours) -> None:
+        options = dict(ours.options)
+        if "eta" in options:
+            self.take("eta", options.pop("eta"), number)
+        if options and SAMPLER_OPTIONS in Request.model_fields:
+            self.take(SAMPLER_OPTIONS, options)
+        elif options:
+            self.note(f"sampler {ours.sampler} runs there with " + ", ".join(f"{name} {value}" for name, value in options.items()))
+
+    def _take_spacing(self, said: Any, ours: Ours, program: str | None, usual: str | None) -> None:
+        said = said[:80] if isinstance(said, str) and said.strip() else ""
+        automatic = plain(said) == "automatic"
+        found = None if automatic or not said else foreign_spacing(said, program)
+        if found is not None and found.spacing is not None:
+            self.take("spacing", found.spacing)
+            if found.note:
+                self.note(f"schedule {_short(said)} is {found.spacing} here: {found.note}")
+        elif said and not automatic:
+            why = found.note if found is not None else "it is not known"
+            self.note(f"schedule {_short(said)} has no equivalent here ({why}): the model's own spacing is used")
+        elif chosen := (ours.automatic if automatic else None) or ours.spacing or usual:
             self.take("spacing", chosen)
 
     def take_prompts(self, prompt: Any, negative: Any = None) -> None:
@@ -124,25 +146,21 @@ class Found:
         return Foreign(self.tool, dict(self.fields), tuple(self.notes), self.model, tuple(self.needs))
 
 
-def foreign_sampler(name: str) -> tuple[str | None, str | None]:
-    """(sampler, spacing) that another program's name for a sampler means here; None for what it does not tell or we do not have."""
-    plain = _plain(name)
-    spacing = next((word for word in _RAMPS if word in plain), None)
-    plain = plain.removesuffix("scheduler")
-    for word in _RAMPS:
-        plain = plain.replace(word, "")
-    if name.lower().endswith("_k"):  # InvokeAI's mark of Karras' spacing
-        plain, spacing = plain.removesuffix("k"), "karras"
-    ours = {_plain(own): own for own in SAMPLERS}
-    return ours.get(plain) or _SAMPLERS.get(plain), spacing
+def foreign_sampler(name: Any, program: str | None = None) -> Ours | None:
+    """What another program's name for a sampler, or a scheduler's config, means here; None where it is not known."""
+    if isinstance(name, dict):
+        return from_diffusers(name)
+    if not isinstance(name, str) or not name.strip():
+        return None
+    found = foreign(name[:80], program) or foreign(name[:80])
+    return found or next((Ours(own) for own in SAMPLERS if plain(own) == plain(name[:80])), None)
 
 
-def foreign_spacing(name: str) -> str | None:
-    """The spacing that another program's name for a schedule means here, None for one that we do not have."""
-    plain = _plain(name)
-    ours = {_plain(own): own for own in SPACINGS}
-    found = ours.get(plain) or _SPACINGS.get(plain)
-    return found if found in SPACINGS else None
+def foreign_spacing(name: str, program: str | None = None) -> Ours | None:
+    """What another program's name for a schedule means here; None where it is not known."""
+    tables = sorted(SPACING_NAMES.items(), key=lambda pair: pair[0] != program)
+    found = next((ours for _, table in tables for known, ours in table.items() if plain(known) == plain(name)), None)
+    return found or next((Ours(spacing=own) for own in SPACINGS if plain(own) == plain(name)), None)
 
 
 def whole(value: Any) -> int:
@@ -170,10 +188,6 @@ def number(value: Any) -> float:
 def base_name(name: Any) -> str:
     """The last part of a path of any system: what may be shown."""
     return re.split(r"[\\/]", str(name))[-1][:120]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower().replace("+", "p") if letter.isalnum())
 
 
 def _short(value: Any) -> str:

@@ -12,12 +12,16 @@ from typing import Any
 
 from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
 
-_NUMBERS = {"steps": ("steps", whole), "seed": ("seed", whole), "width": ("width", whole), "height": ("height", whole), "cfg_scale": ("guidance_scale", number),
+_NUMBERS = {"steps": ("steps", whole), "seed": ("seed", whole), "width": ("width", whole), "height": ("height", whole),
+            "cfg_scale": ("guidance_scale", number),
             "cfg_rescale_multiplier": ("guidance_rescale", number), "strength": ("strength", number)}
-_ADDED = {"loras": "LoRA", "controlnets": "ControlNet", "ipAdapters": "IP-Adapter", "t2iAdapters": "T2I-Adapter", "vae": "VAE", "refiner_model": "refiner",
+_ADDED = {"loras": "LoRA", "controlnets": "ControlNet", "ipAdapters": "IP-Adapter", "t2iAdapters": "T2I-Adapter", "vae": "VAE",
+          "refiner_model": "refiner",
           "control_layers": "control layer", "ref_images": "reference picture"}
-_NO_MATCH = ("hrf_enabled", "seamless_x", "seamless_y", "seamless", "hires_fix", "perlin", "threshold", "variations", "facetool", "upscale", "postprocessing")
-_FLAGS = {"-s": ("steps", whole), "-S": ("seed", whole), "-W": ("width", whole), "-H": ("height", whole), "-C": ("guidance_scale", number), "-f": ("strength", number)}
+_NO_MATCH = ("hrf_enabled", "seamless_x", "seamless_y", "seamless", "hires_fix", "perlin", "threshold", "variations", "facetool", "upscale",
+             "postprocessing")
+_FLAGS = {"-s": ("steps", whole), "-S": ("seed", whole), "-W": ("width", whole), "-H": ("height", whole), "-C": ("guidance_scale", number),
+          "-f": ("strength", number)}
 _COMPEL = re.compile(r"[\w)](?:\+|-){1,8}(?=[\s,.)]|$)|\)\d*\.\d")
 
 
@@ -37,7 +41,7 @@ def from_invoke(data: Mapping[str, Any]) -> Foreign | None:
             found.take("prompt_2" if side == "positive" else "negative_prompt_2", style, said=f"{side}_style_prompt")
     if isinstance(data.get("clip_skip"), int) and data["clip_skip"] > 0:
         found.take("clip_skip", data["clip_skip"] + 1)  # there 0 is the model's own layer
-    found.take_sampler(data.get("scheduler"))
+    found.take_sampler(data.get("scheduler"), program="InvokeAI")
     found.model = _name(data.get("model"))
     mode = str(data.get("generation_mode", ""))
     if "img2img" in mode or "inpaint" in mode or "outpaint" in mode or data.get("init_image"):
@@ -65,7 +69,7 @@ def from_old_invoke(data: Mapping[str, Any]) -> Foreign | None:
     if texts[1:]:
         found.note(f"{len(texts) - 1} more prompts, each with a weight of its own, have no equivalent here")
     _numbers(found, image)
-    found.take_sampler(image.get("sampler"))
+    found.take_sampler(image.get("sampler"), program="InvokeAI")
     found.model = base_name(data.get("model_weights") or data.get("model") or "")
     if image.get("type") == "img2img":
         found.need("image", "it was made from a picture, which the file does not hold: give it as image")
@@ -89,7 +93,7 @@ def from_dream(text: str) -> Foreign | None:
         if flag in _FLAGS:
             found.take(_FLAGS[flag][0], value, _FLAGS[flag][1], said=flag)
         elif flag == "-A":
-            found.take_sampler(value)
+            found.take_sampler(value, program="InvokeAI")
         elif flag == "-I":
             found.need("image", "it was made from a picture, which the file does not hold: give it as image")
         else:

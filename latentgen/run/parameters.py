@@ -14,19 +14,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+
 NEGATIVE = "Negative prompt:"
 MAX_SETTINGS = 2**16  # letters of the line of settings that are read
 _SETTING = re.compile(r'(\w[\w \-/]{0,60}):[ \t]*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)')
 _JSON = json.JSONDecoder()
-_SAMPLERS = {
-    "ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpm_2": "DPM2", "dpm_2_ancestral": "DPM2 a",
-    "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "dpmpp_2s_ancestral": "DPM++ 2S a", "dpmpp_2m": "DPM++ 2M", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE", "lms": "LMS", "unipc": "UniPC", "lcm": "LCM", "restart": "Restart",
-}
-_SPACINGS = {
-    "linspace": "Uniform", "leading": "DDIM", "trailing": "SGM Uniform", "simple": "Simple", "normal": "Normal", "karras": "Karras", "exponential": "Exponential",
-    "polyexponential": "Polyexponential", "beta": "Beta", "kl_optimal": "KL Optimal", "ays": "Align Your Steps",
-}
+_SAMPLERS = {ours.sampler: label for label, ours in reversed(SAMPLER_NAMES["A1111"].items()) if ours.sampler}  # of several names the first
+_SPACINGS = {ours.spacing: label for label, ours in reversed(SPACING_NAMES["A1111"].items()) if ours.spacing} | {
+    "linspace": "Uniform", "normal": "Normal", "trailing": "SGM Uniform"}  # the nearest
 
 
 @dataclass(frozen=True)

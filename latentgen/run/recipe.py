@@ -87,7 +87,8 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     recipe: dict[str, Any] = {
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
-        "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0], **plan.options}
+        "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0],
+        **{name: value for name, value in plan.options.items() if name in Request.model_fields}}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
     recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in
     recipe |= {name: value for name, value in _said(request).items() if name not in recipe}
@@ -117,7 +118,8 @@ def metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image | None = N
 def read_recipe(source: Image.Image | str | Path | bytes) -> Recipe | Foreign | None:
     """What a picture's file says of how it was made, by latentgen or another program; None where it says nothing.
 
-    Nothing that a file says is run or opened: it is text, at most `save.MAX_TEXT` letters of it, and what it claims is checked when a `Request` is made.
+    Nothing that a file says is run or opened: it is text, at most `save.MAX_TEXT` letters of an entry, and what it claims is checked when a
+    `Request` is made.
 
     Args:
         source: a PNG, JPEG or WebP file, its bytes, or an image opened from one.
@@ -167,7 +169,7 @@ def _said(request: Request) -> dict[str, Any]:
     found = {}
     for name, field in Request.model_fields.items():
         value = getattr(request, name)
-        if name not in PICTURES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list)):
+        if name not in PICTURES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
@@ -178,7 +180,8 @@ def _versions(device: str) -> dict[str, str]:
         ours = version("latentgen")
     except PackageNotFoundError:
         ours = "source"
-    kernels = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    kernels = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor
     return {"latentgen": ours, "torch": torch.__version__, "kernels": kernels}
 
 

@@ -32,7 +32,8 @@ class Replayed:
 
     Attributes:
         result: the picture, None where it could not be run because a source picture is missing or another one.
-        identical: whether every pixel is as it was when the picture was made: compared with the file where it is exact, else with the hash in the recipe.
+        identical: whether every pixel is as it was when the picture was made: compared with the file where it is exact, else with the hash in the
+            recipe.
         differences: each factor that is not as it was, and how far the pixels are apart; also where they came out the same.
     """
 
@@ -55,13 +56,14 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
         pictures: what it was made from: image, mask, reference, latents, as they were given then.
 
     Raises:
-        ImageError: no picture, or none that says how it was made. RequestError: another program made it and `anyway` is off, a picture is given that it was
-            not made from, or the recipe was altered and cannot be honoured.
+        ImageError: no picture, or none that says how it was made. RequestError: another program made it and `anyway` is off, a picture is given
+            that it was not made from, or the recipe was altered and cannot be honoured.
     """
     recipe = as_recipe(made)
     for name in pictures:
         if name not in PICTURES:
-            raise RequestError(f"{name!r} is given to replay: expected only the pictures that it was made from ({', '.join(PICTURES)}); to change it make a new one")
+            raise RequestError(f"{name!r} is given to replay: expected only the pictures that it was made from "
+                               f"({', '.join(PICTURES)}); to change it make a new one")
     given = {name: picture for name, picture in pictures.items() if picture is not None}
     if isinstance(recipe, Foreign):
         return _anyway(pipe, recipe, anyway, given)
@@ -72,7 +74,8 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
         return Replayed(None, False, missing)
     plan = pipe.plan(recipe.request(**given))
     now = make_recipe(plan, pipe.checkpoint.digest, plan.notes)
-    sources = tuple(f"{name} is not the picture that it was made from" for name in recipe.needs if now.get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
+    sources = tuple(f"{name} is not the picture that it was made from" for name in recipe.needs
+                    if now.get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
     if sources:
         return Replayed(None, False, sources)
     result = _run(pipe, plan)
@@ -82,7 +85,8 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
 
 def _anyway(pipe: Pipeline, recipe: Foreign, anyway: bool, given: Mapping[str, Any]) -> Replayed:
     if not anyway:
-        raise RequestError(f"{recipe.tool} made this picture, and what another program made cannot be made again exactly: pass anyway=True for the nearest request")
+        raise RequestError(f"{recipe.tool} made this picture, and what another program made cannot be made again exactly: "
+                           "pass anyway=True for the nearest request")
     missing = tuple(f"{name} is missing: give the {name} that it was made from" for name in recipe.needs if name not in given)
     if missing:
         return Replayed(None, False, missing)
@@ -134,7 +138,8 @@ def _apart(made: Any, image: Image.Image) -> str:
     if old.size != image.size:
         return f"the file is {old.width}x{old.height}, the new picture {image.width}x{image.height}"
     far = np.abs(np.asarray(old).astype(np.int16) - np.asarray(image).astype(np.int16))
-    return f"{int((far.max(axis=2) > 0).sum())} of {far.shape[0] * far.shape[1]} pixels differ, by {int(far.max())} of 255 at most" if far.any() else ""
+    many = int((far.max(axis=2) > 0).sum())
+    return f"{many} of {far.shape[0] * far.shape[1]} pixels differ, by {int(far.max())} of 255 at most" if many else ""
 
 
 def _format(made: str | Path | bytes) -> str | None:
