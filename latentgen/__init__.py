@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from latentgen.models.inspect import Report, inspect
     from latentgen.run.pipeline import Pipeline, load
     from latentgen.run.plan import Plan
+    from latentgen.run.recipe import Recipe, read_recipe
+    from latentgen.run.replay import Replayed
     from latentgen.run.request import Request
     from latentgen.run.result import Result
 
 _HOMES = {
     "load": "latentgen.run.pipeline:load", "Pipeline": "latentgen.run.pipeline:Pipeline", "Request": "latentgen.run.request:Request",
     "Plan": "latentgen.run.plan:Plan", "Result": "latentgen.run.result:Result", "cards": "latentgen.models.card:cards",
+    "read_recipe": "latentgen.run.recipe:read_recipe", "Recipe": "latentgen.run.recipe:Recipe", "Replayed": "latentgen.run.replay:Replayed",
     "inspect": "latentgen.models.inspect:inspect", "Report": "latentgen.models.inspect:Report",
     **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
 }

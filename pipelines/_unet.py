@@ -110,6 +110,21 @@ def latent_spec(vae: Config, *, scale: float = 0.18215) -> LatentSpec:
                       shift=float(shift or 0.0))
 
 
+def check_parts(unet: Config, latent: LatentSpec, *words: Config) -> None:
+    """Whether the VAE and the text encoders, whose states are joined, are those of this U-Net; what a config does not say is not compared.
+
+    Raises:
+        ModelError: they are not.
+    """
+    if (given := unet.get("out_channels", latent.channels)) != latent.channels:
+        raise ModelError(f"the U-Net gives {given!r:.40} channels and the VAE reads {latent.channels}: they are not of one model, so give the VAE "
+                         "that belongs to it")
+    heard, widths = unet.get("cross_attention_dim"), [config.get("hidden_size") for config in words]
+    if isinstance(heard, int) and all(isinstance(width, int) for width in widths) and sum(widths) != heard:
+        raise ModelError(f"the U-Net hears words of width {heard} and the text encoder gives {' + '.join(map(str, widths))}: they are not of one "
+                         "model, so give the text encoder that belongs to it")
+
+
 def _number(config: Config, key: str, default: float, *, low: float, high: float) -> float:
     """A number of the scheduler config within [low, high].
 

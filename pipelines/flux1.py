@@ -158,6 +158,11 @@ def build(model: Model) -> Family:
     if channels not in (plain, wide):
         raise ModelError(f"the transformer takes {channels} channels: expected {plain} (dev, schnell, Kontext) or {wide} (Fill), "
                          "so this is a control checkpoint or another model: use one of the four")
+    for part, theirs, key in (("text_encoder", "hidden_size", "pooled_projection_dim"), ("text_encoder_2", "d_model", "joint_attention_dim")):
+        width, heard = model.config(part).get(theirs), net.get(key)
+        if None not in (width, heard) and width != heard:
+            raise ModelError(f"the {part} has width {width!r:.40} and the transformer reads {heard!r:.40}: they are not of one model, so give the "
+                             "one that belongs to it")
     fill = channels == wide
     kontext = not fill and (model.variant == "flux1-kontext" or model.config("model_index").get("_class_name") == "FluxKontextPipeline")
     scheduler = SCHEDULER | (model.config("scheduler") or {"use_dynamic_shifting": guided})

@@ -11,7 +11,7 @@ from functools import partial
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Signature, Words, no_inputs
-from latentgen.pipelines._unet import clip_states, latent_spec, masked_picture, noise_path, predict, prediction, reference_latents, run_defaults
+from latentgen.pipelines._unet import check_parts, clip_states, latent_spec, masked_picture, noise_path, predict, prediction, reference_latents, run_defaults
 
 PARTS = (
     Part("text_encoder", "transformers.CLIPTextModel", ("text",), original=Original(
@@ -78,6 +78,7 @@ def build(model: Model) -> Family:
     """
     unet, scheduler, latent = model.config("unet"), model.config("scheduler"), latent_spec(model.config("vae"))
     channels = check_unet(unet, "sd15", channels=(4, 8, 9))
+    check_parts(unet, latent, model.config("text_encoder"))
     return Family(
         name="sd15", parts=PARTS, path=noise_path(scheduler), prediction=prediction(scheduler), latent=latent,
         tokenizers={"tokenizer": TokenizerSpec("clip", pad="<|endoftext|>")},

@@ -10,7 +10,7 @@ from __future__ import annotations
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.errors import ModelError
 from latentgen.models.family import Defaults, Family, Model, Original, Part, no_inputs
-from latentgen.pipelines._unet import depth_map, latent_spec, masked_picture, noise_path, predict, prediction, run_defaults
+from latentgen.pipelines._unet import check_parts, depth_map, latent_spec, masked_picture, noise_path, predict, prediction, run_defaults
 from latentgen.pipelines.sd15 import PARTS as SD15_PARTS
 from latentgen.pipelines.sd15 import check_unet, encode, signatures
 
@@ -34,6 +34,7 @@ def build(model: Model) -> Family:
         raise ModelError("there is no scheduler config, and an sd21 U-Net does not tell whether it predicts epsilon or v: "
                          "add scheduler/scheduler_config.json, which names its prediction_type")
     channels = check_unet(unet, "sd21", channels=(4, 5, 9))
+    check_parts(unet, latent, model.config("text_encoder"))
     return Family(
         name="sd21", parts=PARTS, path=noise_path(scheduler), prediction=prediction(scheduler), latent=latent,
         tokenizers={"tokenizer": TokenizerSpec("clip", pad="!")},  # where its own files do not say

@@ -17,7 +17,7 @@ from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level
 from latentgen.errors import ModelError, RequestError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Scene, Side, Signature, Words
-from latentgen.pipelines._unet import beside, latent_spec, masked_picture, noise_path, prediction, run_defaults
+from latentgen.pipelines._unet import beside, check_parts, latent_spec, masked_picture, noise_path, prediction, run_defaults
 
 INDEX = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 
@@ -147,6 +147,7 @@ def build(model: Model) -> Family:
     encoders = {"text_encoder_2": "tokenizer_2"} if alone else {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     heard = int(unet.get("time_cond_proj_dim") or 0)
     latent = latent_spec(model.config("vae"), scale=0.13025)
+    check_parts(unet, latent, *(model.config(part) for part in encoders))
     said = {"steps": 30, "sampler": "euler"} | run_defaults(model.config("scheduler"), {"sample_size": unet.get("sample_size") or 128}, latent.factor)
     if heard:  # a latent consistency model: few steps, from pure noise
         said |= {"steps": 4, "sampler": "lcm", "spacing": "trailing", "guidance_scale": 8.0}

@@ -38,7 +38,8 @@ BIG = 2**20
 
 @each("part, changes, words", [
     ("unet", {"block_out_channels": [BIG + 1, 32]}, "sets block_out_channels to 1.04858e+06: expected at most 1,048,576"),
-    ("unet", {"block_out_channels": [BIG, BIG]}, "broken/unet"), ("unet", {"in_channels": BIG}, "(16, 1048576, 3, 3) is expected"), ("unet", {"out_channels": BIG}, "broken/unet"),
+    ("unet", {"block_out_channels": [BIG, BIG]}, "broken/unet"), ("unet", {"in_channels": BIG}, "(16, 1048576, 3, 3) is expected"),
+    ("unet", {"out_channels": BIG}, "broken/unet"),
     ("unet", {"cross_attention_dim": BIG}, "broken/unet"), ("unet", {"cross_attention_dim": 10**30}, "sets cross_attention_dim to 1e+30"),
     ("unet", {"block_out_channels": [-16, 32]}, "sets block_out_channels to -16"), ("unet", {"in_channels": -4}, "sets in_channels to -4"),
     ("unet", {"attention_head_dim": 0}, "does not fit UNet2DConditionModel"), ("unet", {"norm_num_groups": 0}, "does not fit"),
@@ -49,7 +50,8 @@ BIG = 2**20
     ("text_encoder", {"vocab_size": BIG}, "broken/text_encoder"), ("text_encoder", {"hidden_size": BIG}, "broken/text_encoder"),
     ("text_encoder", {"num_hidden_layers": 10**6}, "sets num_hidden_layers"), ("text_encoder", {"hidden_act": "os.system"}, "broken/text_encoder"),
     ("text_encoder", {"max_position_embeddings": BIG}, "broken/text_encoder"),
-    ("vae", {"decoder_block_out_channels": [BIG + 1] * 4}, "sets decoder_block_out_channels"), ("vae", {"scaling_factor": "1e999"}, "expected a number"),
+    ("vae", {"decoder_block_out_channels": [BIG + 1] * 4}, "sets decoder_block_out_channels"),
+    ("vae", {"scaling_factor": "1e999"}, "expected a number"),
     ("vae", {"num_decoder_blocks": [10**9] * 4}, "sets num_decoder_blocks")], ids=str)
 def test_configs_that_no_checkpoint_has(refused: Any, broken: Path, part: str, changes: dict[str, Any], words: str) -> None:  # noqa: F811
     configured(broken, part, **changes)
@@ -57,7 +59,8 @@ def test_configs_that_no_checkpoint_has(refused: Any, broken: Path, part: str, c
 
 
 HOSTILE = {  # a table that the module computes as it is made, as long as its config says, and that lies in the file, too
-    "sd3": ("transformer", {"pos_embed_max_size": 2**14}, "pos_embed.pos_embed"), "sd15": ("text_encoder", {"max_position_embeddings": 2**20}, "position"),
+    "sd3": ("transformer", {"pos_embed_max_size": 2**14}, "pos_embed.pos_embed"),
+    "sd15": ("text_encoder", {"max_position_embeddings": 2**20}, "position"),
 }
 
 
@@ -127,7 +130,7 @@ def test_whole_shards_are_one_part(full: Path) -> None:
     (lambda place, own: (place / f"{own[0][:23]}.safetensors.index.json").write_text("{"), "cannot be read (JSONDecodeError)"),
     (lambda place, own: (place / f"{own[0][:23]}.safetensors.index.json").write_text('{"weight_map": []}'), "expected a weight_map of shards"),
     (lambda place, own: (place / f"{own[0][:23]}.safetensors.index.json").write_text('{"weight_map": {"a": 3}}'), "expected a weight_map of shards"),
-    (lambda place, own: (place / f"{own[0][:23]}.safetensors.index.json").write_text('{"weight_map": {}}'), "686 missing (first "),
+    (lambda place, own: (place / f"{own[0][:23]}.safetensors.index.json").write_text('{"weight_map": {}}'), "expected a weight_map of shards"),
 ], ids=["absent", "empty", "twice", "no JSON", "a list", "numbers", "no shards"])
 def test_shards_that_are_not_whole(refused: Any, full: Path, break_: Callable[[Path, list[str]], object], words: str) -> None:  # noqa: F811
     parts, place = beside(full), full / "unet"
@@ -138,8 +141,10 @@ def test_shards_that_are_not_whole(refused: Any, full: Path, break_: Callable[[P
 INSIDE = "expected a .safetensors file in the same folder"
 
 
-@each("name, words", [*((name, INSIDE) for name in ("../outside.safetensors", "/etc/passwd", "/tmp/x.safetensors", "sub/x.safetensors", "x.bin", "..", "")),
-                      ("x\x00.safetensors", "names the shard")])
+OUTSIDE = ("../outside.safetensors", "/etc/passwd", "/tmp/x.safetensors", "sub/x.safetensors", "x.bin", "..", "")
+
+
+@each("name, words", [*((name, INSIDE) for name in OUTSIDE), ("x\x00.safetensors", "names the shard")])
 def test_shards_outside_the_folder(refused: Any, full: Path, name: str, words: str) -> None:  # noqa: F811
     parts, own = beside(full), sorted(path.name for path in (full / "unet").glob("*.safetensors"))
     sparse(full / "outside.safetensors", {"a": (2,)})
@@ -204,7 +209,8 @@ def test_parts_that_the_family_has_not(refused: Any, tmp_path: Path, name: str, 
 
 
 @each("value, words", [("nowhere.safetensors", "vae is 'nowhere.safetensors', which is not there: expected a file or a folder"),
-                       (None, "vae is None: expected a file or a folder"), (3, "vae is 3: expected a file or a folder"), ("", "expected a file or a folder"),
+                       (None, "vae is None: expected a file or a folder"), (3, "vae is 3: expected a file or a folder"),
+                       ("", "expected a file or a folder"),
                        ("a\x00b", "expected a file or a folder"), ("/dev/null", "is a device or a pipe")])
 def test_parts_that_are_not_there(refused: Any, tmp_path: Path, value: Any, words: str) -> None:  # noqa: F811
     file = sparse(tmp_path / "model.safetensors", layout("sd15"))
@@ -230,7 +236,7 @@ def test_a_config_that_is_not_there(refused: Any, tmp_path: Path, config: Any, w
 
 def test_configs_of_another_family(refused: Any, tmp_path: Path) -> None:  # noqa: F811
     file, folder = sparse(tmp_path / "model.safetensors", layout("sd15")), tiny("sdxl").save(tmp_path / "sdxl")
-    refused(lambda: opened(file, config=folder), "model.safetensors is sd15 by its tensors but config= names sdxl, which is of the family sdxl: leave")
+    refused(lambda: opened(file, config=folder), "model.safetensors is sd15 by its tensors but config= names sdxl, which is of the family sdxl")
     other = tiny("sd21").save(tmp_path / "sd21")
     refused(lambda: opened(other, card="sdxl-turbo"), "sd21 is of the family sd21 but the card 'sdxl-turbo' is of sdxl")
 
@@ -238,16 +244,12 @@ def test_configs_of_another_family(refused: Any, tmp_path: Path) -> None:  # noq
 # Parts of different checkpoints: each whole by itself
 
 
-HOLE = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="its family does not compare the parts' sizes yet")
-
-
 @each("kind, part, other", [
     ("sd3", "vae", "sd15/vae"), ("flux1", "vae", "sd15/vae"), ("pixart", "vae", "sd3/vae"), ("sd3", "text_encoder_2", "sd21/text_encoder"),
     ("pixart", "text_encoder", "sd3/text_encoder_3"), ("flux2", "text_encoder", "zimage/text_encoder"),
-    *(pytest.param(*row, marks=HOLE) for row in (
-        ("sd15", "vae", "sd3/vae"), ("sd15", "text_encoder", "sd21/text_encoder"), ("sd21", "vae", "sd3/vae"), ("sdxl", "vae", "flux1/vae"),
-        ("sdxl", "text_encoder", "sd21/text_encoder"), ("flux1", "text_encoder", "sd21/text_encoder"),
-        ("flux1", "text_encoder_2", "sd3/text_encoder_3")))])
+    ("sd15", "vae", "sd3/vae"), ("sd15", "text_encoder", "sd21/text_encoder"), ("sd21", "vae", "sd3/vae"), ("sdxl", "vae", "flux1/vae"),
+    ("sdxl", "text_encoder", "sd21/text_encoder"), ("flux1", "text_encoder", "sd21/text_encoder"),
+    ("flux1", "text_encoder_2", "sd3/text_encoder_3")])
 @pytest.mark.usefixtures("reads")
 def test_parts_that_do_not_go_together(refused: Any, tmp_path: Path, kind: str, part: str, other: str) -> None:  # noqa: F811
     own, (donor, name) = tiny(kind).save(tmp_path / kind), other.split("/")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from test_convert import maker
 from test_inspect import LAYOUTS, layout, sparse
+from tiny_folders import chat_tokenizer
 from tiny_t5 import tiny_t5_tokenizer
 
 import latentgen
@@ -40,8 +41,6 @@ BESIDE = {  # family -> part -> the file that it is taken from: of its own, or a
 }
 TOKENIZERS = {"sd3": ("tokenizer_3", "t5"), "flux1": ("tokenizer_2", "t5"), "pixart": ("tokenizer", "t5"), "flux2": ("tokenizer", "chat"),
               "zimage": ("tokenizer", "chat"), "qwenimage": ("tokenizer", "chat")}  # that are not in the package
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<s>", "</s>",
-           "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 
 
 def family_of(variant: str) -> str:
@@ -68,7 +67,7 @@ class Shelf:
         self.file = lru_cache(None)(lambda name: sparse(place / f"{name}.safetensors", layout(name)))
         self.language_model = lru_cache(None)(self._language_model)
         tiny_t5_tokenizer(place / "t5")
-        self._chat(place / "chat")
+        chat_tokenizer(place / "chat")
 
     def _language_model(self, variant: str) -> Path:
         config = published(variant)["parts"]["text_encoder"]
@@ -77,17 +76,6 @@ class Shelf:
         sparse(folder / "model.safetensors", {name: ("BF16", tuple(t.shape)) for name, t in state.items() if name != "lm_head.weight"})
         (folder / "config.json").write_text(json.dumps(config))
         return folder
-
-    def _chat(self, folder: Path) -> None:
-        """Bytes and special tokens: all that a template needs."""
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-        inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
-        inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-        folder.mkdir()
-        inner.save(str(folder / "tokenizer.json"))
 
     def beside(self, variant: str, missing: tuple[str, ...]) -> dict[str, Path]:
         """What `load` must be told of: the missing parts, and the tokenizer that is not in the package."""
@@ -154,6 +142,17 @@ def test_three_tasks_of_one_checkpoint_are_planned(shelf: Shelf) -> None:
     picture = Image.new("RGB", (1024, 1024), "teal")
     assert pipe.plan("a cat", image=picture, strength=0.5).task == "img2img"
     assert pipe.plan("a cat", image=picture, mask=Image.new("L", (1024, 1024), 255)).task == "inpaint"
+
+
+def test_a_card_or_a_variant_said_beside_a_file(shelf: Shelf) -> None:
+    """What a card says of the run holds for a file that looks like any of its family; a variant brings its own defaults."""
+    plain, turbo = opened(shelf.file("sdxl")), opened(shelf.file("sdxl"), card="sdxl-turbo")
+    assert (plain.plan("a cat").steps, plain.family.defaults.guidance_scale) == (40, 5.0)
+    assert (turbo.plan("a cat").steps, turbo.family.defaults.guidance_scale, turbo.checkpoint.name) == (1, 1.0, "sdxl-turbo")
+    assert turbo.plan("a cat", steps=2).steps == 2
+    for variant, side, prediction in (("sd21", 512, "epsilon"), ("sd21-v", 768, "v")):
+        pipe = opened(shelf.file("sd21"), config=variant)
+        assert (pipe.plan("a cat").width, pipe.family.prediction, pipe.checkpoint.notes) == (side, prediction, ())
 
 
 @pytest.mark.skipif("sd3" not in families(), reason="the family is not there")

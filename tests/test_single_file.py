@@ -328,7 +328,7 @@ def test_a_card_whose_files_lie_on_the_hub(hub: Any, expected: Any, monkeypatch:
 # Cards and configs said beside a file
 
 
-def test_a_card_beside_a_folder(folders: Folders, expected: Any) -> None:
+def test_a_card_beside_a_folder(folders: Folders) -> None:
     pipe = opened(folders("sdxl"), card="sdxl-turbo")
     assert (pipe.plan(PROMPT, seed=0).steps, pipe.family.defaults.guidance_scale, pipe.checkpoint.name) == (1, 1.0, "sdxl-turbo")
     assert opened(folders("sdxl")).plan(PROMPT, seed=0).steps != 1

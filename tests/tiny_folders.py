@@ -68,8 +68,8 @@ class Tiny:
         (folder / "scheduler").mkdir()
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(self.scheduler))
         classes = {name: [type(m).__module__.partition(".")[0], type(m).__name__] for name, m in self.modules.items()}
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": self.index, **classes, **dict.fromkeys(self.tokenizers, ["transformers", "T"]),
-                                                             "scheduler": ["diffusers", self.scheduler["_class_name"]]}))
+        classes |= dict.fromkeys(self.tokenizers, ["transformers", "Tokenizer"]) | {"scheduler": ["diffusers", self.scheduler["_class_name"]]}
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": self.index, **classes}))
         if self.family:
             (folder / "card.toml").write_text(f'name = "tiny"\nfamily = "{self.family}"\n')
         return folder
@@ -109,7 +109,8 @@ def _unet(seed: int, *, width: int = 32, **config: Any) -> Any:
 
     torch.manual_seed(seed)
     said = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": width,
-            "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+            "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     return lively(UNet2DConditionModel(**(said | config)))
 
 
@@ -204,9 +205,11 @@ def _qwenimage() -> Tiny:
                                              joint_attention_dim=16, axes_dims_rope=(4, 6, 6)))
     vae = lively(AutoencoderKLQwenImage(base_dim=8))
     words = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-             "vocab_size": 400, "bos_token_id": None, "eos_token_id": None, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}}
+             "vocab_size": 400, "bos_token_id": None, "eos_token_id": None,
+             "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}}
     eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16, "patch_size": 4}
-    encoder = lively(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=words, vision_config=eye, image_token_id=263, vision_start_token_id=261)))
+    config = Qwen2_5_VLConfig(text_config=words, vision_config=eye, image_token_id=263, vision_start_token_id=261)
+    encoder = lively(Qwen2_5_VLForConditionalGeneration(config))
     return Tiny("qwenimage", "QwenImagePipeline", {"transformer": net, "vae": vae, "text_encoder": encoder}, {"tokenizer": "chat"}, FLOW)
 
 

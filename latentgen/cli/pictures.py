@@ -154,7 +154,7 @@ def _save(result: Result, output: Path | None, quality: int) -> list[Path]:
     from latentgen.run.recipe import metadata
 
     words = slug(result.plan.request.prompt)
-    return [save_image(image, free_name(output or Path(), f"{words}-{seed}"), metadata=metadata(result.recipe, seed))
+    return [save_image(image, free_name(output or Path(), f"{words}-{seed}"), metadata=metadata(result.recipe, seed, image))
             for image, seed in zip(result.images, result.seeds, strict=True)]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from latentgen.models.identify import Identified
     from latentgen.models.inspect import Report
 
-KINDS = {"text": ("text encoder", "image encoder"), "denoiser": ("denoiser", "checkpoint"), "encoder": ("VAE",), "decoder": ("VAE",)}  # of a part's files
+KINDS = {"text": ("text encoder", "image encoder"), "denoiser": ("denoiser", "checkpoint"), "encoder": ("VAE",), "decoder": ("VAE",)}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class _Found:
 def _locate(source: str | Path | None, report: Callable[[int, int, str], object] | None) -> tuple[Card | None, Path]:
     """The card, if the source has one, and the folder or file."""
     if not isinstance(source, (str, Path)) or not str(source).strip() or "\x00" in str(source):
-        raise ModelError(f"the model is {source!r:.60}: expected a name that `latentgen models` lists, a folder, a file, a hub name, or denoiser=PATH")
+        raise ModelError(f"the model is {source!r:.60}: expected a name that `latentgen models` lists, a folder, a file, a hub name, "
+                         "or denoiser=PATH")
     path = Path(source)
     if path.is_file():
         return None, path
@@ -199,7 +200,8 @@ def _from_file(path: Path, card: Card | None, config: str | Path | None, allow_p
     if given is not None:
         whole = _from_folder_configs(given)
         if found is not None and found.family != whole.family:
-            raise ModelError(f"{path.name} is {found.variant} by its tensors but config= names {given.name}, which is of the family {whole.family}: leave config= out")
+            raise ModelError(f"{path.name} is {found.variant} by its tensors but config= names {given.name}, which is of the family {whole.family}: "
+                             "leave config= out")
         family, variant, configs, tokenizers = whole.family, whole.variant, whole.configs, whole.tokenizers
     else:
         assert found is not None

@@ -323,13 +323,15 @@ def _shards(index: Path, root: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         paths = [index.parent / name for name in names]
+        if not names:
+            raise LookupError("an empty weight_map")
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelError(f"{where} cannot be read ({type(error).__name__}): expected a weight_map of shards, so get it again") from error
     for name, path in zip(names, paths, strict=True):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"{where} names the shard {name!r:.100}: expected a .safetensors file in the same folder")
         if not path.is_file():
-            raise ModelError(f"{where} names the shard {name}, which is not there: get it ({len(paths)} shards are expected)")
+            raise ModelError(f"{where} names the shard {name}, which is not there: get it ({len(paths)} shards are expected)".replace("\x00", "?"))
     return tuple(_inside(path, root) for path in paths)
 
 

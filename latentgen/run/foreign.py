@@ -20,15 +20,14 @@ from latentgen.run.request import ALIASES, Request
 
 _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, so that a later one may correct an earlier one
     "Steps": ("steps", whole), "CFG scale": ("guidance_scale", number), "Image CFG scale": ("image_guidance_scale", number),
-            "Clip skip": ("clip_skip", whole),
-    "Eta": ("eta", number), "Eta DDIM": ("eta", number), "Shift": ("shift", number), "CFG Rescale phi": ("guidance_rescale", number),
-    "CFG rescale": ("guidance_rescale", number), "Variation seed": ("variation_seed", whole),
-            "Variation seed strength": ("variation_strength", number),
+    "Clip skip": ("clip_skip", whole), "Eta": ("eta", number), "Eta DDIM": ("eta", number), "Shift": ("shift", number),
+    "CFG Rescale phi": ("guidance_rescale", number), "CFG rescale": ("guidance_rescale", number),
+    "Variation seed": ("variation_seed", whole), "Variation seed strength": ("variation_strength", number),
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
          "Distilled CFG Scale"}
-_SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser",
-           "Emphasis"}  # they say nothing about the picture, or what is so here too
+_SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser"}  # they say nothing about the picture
+_FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end")
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
 
 
@@ -51,6 +50,8 @@ def read_foreign(texts: Mapping[str, str]) -> Foreign | None:
         found = reader(data) if isinstance(data, dict) else None
         if found is not None:
             return found
+    if parameters is not None:
+        return from_parameters(parameters)
     return from_dream(texts["Dream"]) if "Dream" in texts else None
 
 
@@ -118,9 +119,7 @@ def from_diffusers(data: Mapping[str, Any]) -> Foreign | None:
         return None
     found = Found(base_name(data.get("version") or data.get("software") or "diffusers"))
     found.take_prompts(*(next((data[key] for key in data if names[key] == wanted), None) for wanted in ("prompt", "negative_prompt")))
-    kinds = {"steps": whole, "seed": whole, "width": whole, "height": whole, "clip_skip": whole} | dict.fromkeys(
-        ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end"),
-        number)
+    kinds = dict.fromkeys(("steps", "seed", "width", "height", "clip_skip"), whole) | dict.fromkeys(_FLOATS, number)
     for key, name in names.items():
         value = data[key]
         if key == "clip_skip" and isinstance(value, int) and "num_inference_steps" in data:

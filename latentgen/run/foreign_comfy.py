@@ -54,8 +54,8 @@ def from_workflow(data: Mapping[str, Any]) -> Foreign | None:
             origins[str(link.get("id"))] = [str(link.get("origin_id")), link.get("origin_slot")]
         elif isinstance(link, list) and len(link) >= 3:
             origins[str(link[0])] = [str(link[1]), link[2]]
-    return from_prompt({str(node.get("id")): _as_ran(node, origins) for node in nodes[:MOST_NODES] if isinstance(node, dict)
-                        and node.get("mode") != 2})
+    ran = [node for node in nodes[:MOST_NODES] if isinstance(node, dict) and node.get("mode") != 2]
+    return from_prompt({str(node.get("id")): _as_ran(node, origins) for node in ran})
 
 
 def _as_ran(node: Node, origins: Mapping[Any, list[Any]]) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def _as_ran(node: Node, origins: Mapping[Any, list[Any]]) -> dict[str, Any]:
     if isinstance(values, list):
         names = _WIDGETS.get(kind)
         if names is None:
-            names = tuple(slot["name"] for slot in slots if isinstance(slot.get("widget"), dict)) or (("text",) if kind.startswith("CLIPTextEncode")
-                else ())
+            names = tuple(slot["name"] for slot in slots if isinstance(slot.get("widget"), dict))
+            names = names or (("text",) if kind.startswith("CLIPTextEncode") else ())
         if kind.startswith("Empty") and "Latent" in kind:
             names = _WIDGETS["EmptyLatentImage"]
         own = {name: value for name, value in zip(names, values, strict=False) if name}
@@ -237,8 +237,7 @@ class _Reader:
         pixels = [node for node in nodes if "pixels" in node["inputs"]]
         if pixels or any("image" in node["inputs"] and "Load" in str(node.get("class_type")) for node in nodes):
             names = [base_name(value) for node in nodes if isinstance(value := node["inputs"].get("image"), str)]
-            found.need("image", f"it was made from the picture {names[0]!r}: give it as image" if names
-                       else "it was made from a picture: give it as image")
+            found.need("image", f"it was made from {f'the picture {names[0]!r}' if names else 'a picture'}: give it as image")
             if any("mask" in node["inputs"] for node in nodes):
                 found.need("mask", "it was made with a mask, which the file does not hold: give it as mask")
             found.take("strength", denoise, number, said="denoise")

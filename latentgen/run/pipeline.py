@@ -40,6 +40,8 @@ from latentgen.run.result import Result
 if TYPE_CHECKING:
     from torch import nn
 
+    from latentgen.run.replay import Replayed
+
     Modules = dict[str, nn.Module]
 
 OnStep = Callable[[Step], None]
@@ -118,6 +120,12 @@ class Pipeline:
     def edit(self, prompt: str, reference: Any, *, on_step: OnStep | None = None, **options: Any) -> Result:
         """A picture changed as the words instruct, by a model made for it; `reference` is the picture, or several where the model looks at several."""
         return self._run("edit", on_step, prompt=prompt, reference=reference, **options)
+
+    def replay(self, made: Any, /, *, anyway: bool = False, **pictures: Any) -> Replayed:
+        """A picture made again from the recipe in its file: identical, or what differs. See `latentgen.run.replay.replay`."""
+        from latentgen.run.replay import replay
+
+        return replay(self, made, anyway=anyway, **pictures)
 
     def plan(self, request: Request | str, **options: Any) -> Plan:
         """Everything that would be done, decided without touching weights. Takes a `Request`, or a prompt with options.

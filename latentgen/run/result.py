@@ -74,7 +74,7 @@ class Result:
         target = Path(path)
         several = len(self.images) > 1
         names = [target.parent / f"{target.stem}-{n}{target.suffix}" if several else target for n in range(1, len(self.images) + 1)]
-        return [save_image(image, name, metadata=metadata(self.recipe, seed), quality=quality) for image, name, seed in zip(self.images, names, self.seeds, strict=True)]
+        return [save_image(image, name, metadata=metadata(self.recipe, seed, image), quality=quality) for image, name, seed in zip(self.images, names, self.seeds, strict=True)]
 
     def grid(self, columns: int | None = None) -> Image.Image:
         """All pictures on one white sheet, `columns` wide (by default near a square).
