@@ -296,7 +296,8 @@ CASES = [
     (dpmpp_2s_ancestral, {"eta": 0.4, "s_noise": 0.98}), (dpmpp_sde, {}), (dpmpp_sde, {"eta": 0.7, "s_noise": 1.02}), (dpmpp_2m, {}), (dpmpp_2m_sde, {}),
     (dpmpp_2m_sde, {"solver": "heun"}), (dpmpp_2m_sde, {"eta": 0.5, "s_noise": 1.01}), (dpmpp_3m_sde, {}), (dpmpp_3m_sde, {"eta": 0.0}),
     (dpmpp_3m_sde, {"eta": 0.3}), (lms, {}), (lms, {"order": 2}), (ipndm, {}), (ipndm, {"order": 3}), (res_multistep, {}), (res_multistep, {"eta": 1.0}),
-    (er_sde, {}), (er_sde, {"order": 2}), (er_sde, {"order": 1}), (lcm, {}), (consistency, {}), (restart, {}), (restart, {"times": 1, "inner": 9, "s_high": 3.0}),
+    (er_sde, {}), (er_sde, {"order": 2}), (er_sde, {"order": 1}), (lcm, {}), (consistency, {}), (restart, {}),
+    (restart, {"times": 1, "inner": 9, "s_high": 3.0}),
     (annealed_langevin, {}),
 ]
 

@@ -117,7 +117,7 @@ class VariancePreserving:
             return 1.0
         if half_log_snr >= self._half_log_snr(0):
             return math.exp(self._half_log_snr(0) - half_log_snr) / self.train_steps
-        j = bisect_left(self.alphas_bar, -alpha_bar, key=lambda value: -value) - 1
+        j = max(0, bisect_left(self.alphas_bar, -alpha_bar, key=lambda value: -value) - 1)  # rounding can put it above the first entry
         if self.alphas_bar[j + 1] == 0:
             f = 1 - math.sqrt(alpha_bar / self.alphas_bar[j])
         else:

@@ -97,7 +97,7 @@ SAMPLER_NAMES: dict[str, dict[str, Ours]] = {
         "CogVideoXDPMScheduler": _is("dpmpp_2m_sde", "nearly"), "DPMSolverSinglestepScheduler": _is("dpmpp_2s_ancestral", BETWEEN, eta=0.0),
         "DPMSolverSDEScheduler": _is("dpmpp_sde", BROWNIAN), "UniPCMultistepScheduler": _is("unipc"), "DEISMultistepScheduler": _is("deis", order=2),
         "IPNDMScheduler": _is("ipndm"), "LCMScheduler": _is("lcm"), "FlowMatchLCMScheduler": _is("lcm"), "TCDScheduler": _is("tcd"),
-        "SASolverScheduler": _is("sa_solver", "noise there only from timestep 200 to 800", s_tmin=0.56, s_tmax=5.6),
+        "SASolverScheduler": _is("sa_solver", "noise there only from timestep 200 to 800", s_tmin=0.571, s_tmax=5.112),
         "CMStochasticIterativeScheduler": _is("consistency"), "ConsistencyDecoderScheduler": _is("consistency", s_min=0.0),
         "ScoreSdeVeScheduler": _is("predictor_corrector", snr=0.15, predictor="reverse"),
         "ScoreSdeVpScheduler": _is("predictor_corrector", corrector_steps=0, predictor="reverse"),

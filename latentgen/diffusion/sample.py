@@ -127,11 +127,11 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "unipc": SamplerInfo(multistep.unipc, "predicts, and corrects with the next answer for nothing", "Zhao et al. 2023 (UniPC)", 3,
                          options={"order": Option("answers that the predictor takes", 1, 3, True),
                                   "variant": Option("the paper's B(h)", choices=("bh1", "bh2"))}),
-    "sa_solver": SamplerInfo(multistep.sa_solver, "stochastic Adams methods, predictor and corrector", "Xue et al. 2023 (SA-Solver)", 3, True, options={
+    "sa_solver": SamplerInfo(multistep.sa_solver, "stochastic Adams methods, predictor and corrector", "Xue et al. 2023 (SA-Solver)", 2, True, options={
         "predictor_order": Option("answers that the predictor takes", 1, 4, True),
         "corrector_order": Option("answers that the corrector takes, 0 none", 0, 4, True), "tau": Option("noise: 0 the ODE, 1 the SDE", 0, 10),
         "s_tmin": CHURN["s_tmin"], "s_tmax": CHURN["s_tmax"]}),
-    "er_sde": SamplerInfo(multistep.er_sde, "extended reverse-time SDE with less noise at the clean end", "Cui et al. 2023 (ER-SDE)", 3, True,
+    "er_sde": SamplerInfo(multistep.er_sde, "extended reverse-time SDE with less noise at the clean end", "Cui et al. 2023 (ER-SDE)", 1, True,
                           options={"order": Option("answers that it takes", 1, 3, True), "s_noise": S_NOISE}),
     "plms": SamplerInfo(adams.plms, "the noise of the last four answers, as early Stable Diffusion was run", "Liu et al. 2022 (PNDM)", 2),
     "pndm": SamplerInfo(adams.pndm, "the same, begun with three Runge-Kutta steps", "Liu et al. 2022 (PNDM)", 2, between=True),
@@ -160,6 +160,8 @@ SAMPLERS: dict[str, SamplerInfo] = {
                                                     "predictor": Option("the step down", choices=("ancestral", "reverse", "none"))}),
 }
 
+USUAL = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm")  # what a message names
+
 
 def sampler(name: str) -> SamplerInfo:
     """The sampler of this exact name; otherwise RequestError, which knows what other programs call it."""
@@ -167,13 +169,13 @@ def sampler(name: str) -> SamplerInfo:
         return SAMPLERS[name]
     found = foreign(name) if isinstance(name, str) else None
     found = found or nearest(name, SAMPLERS)
-    raise RequestError(f"unknown sampler {name!r}: {_hint(found)}Choose one of {', '.join(SAMPLERS)}.")
+    raise RequestError(f"unknown sampler {name!r}: {_hint(found)}`latentgen samplers` lists all {len(SAMPLERS)}.")
 
 
 def _hint(found: Ours | None) -> str:
     """What to say instead of a foreign name."""
     if found is None:
-        return ""
+        return f"choose one of {', '.join(USUAL)} or another. "
     if found.sampler is None:
         return f"that is a spacing, {found.spacing!r} here. " if found.spacing else f"{found.note}. "
     said = [f"spacing {found.spacing!r}"] if found.spacing else []

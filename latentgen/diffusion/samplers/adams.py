@@ -14,7 +14,7 @@ from functools import cache
 from torch import Tensor
 
 from latentgen.diffusion.level import Denoiser, Level
-from latentgen.diffusion.samplers.steps import Noise, Step, advance, between, first_order, ratio, transitions
+from latentgen.diffusion.samplers.steps import Noise, Step, advance, first_order, path_of, ratio, transitions
 
 # Adams and Bashforth's weights for even steps, the newest first
 _EVEN = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -104,8 +104,7 @@ def _moved(x: Tensor, x0: Tensor, now: Level, then: Level, weights: Sequence[flo
 
 def _halfway(levels: Sequence[Level], now: Level, then: Level) -> Level:
     """The level halfway between two in the position on the path."""
-    between(levels, now.half_log_snr)  # refuses levels that do not know their path
-    path = levels.path  # type: ignore[attr-defined]
+    path = path_of(levels)
     return path.at((path.find(now.half_log_snr) + path.find(then.half_log_snr)) / 2)
 
 

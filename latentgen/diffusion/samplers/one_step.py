@@ -21,11 +21,11 @@ from latentgen.diffusion.samplers.steps import (
     churned,
     fall,
     first_order,
+    path_of,
     ratio,
     renoised,
     transitions,
 )
-from latentgen.diffusion.schedule import Levels
 from latentgen.errors import RequestError
 
 
@@ -99,11 +99,9 @@ def tcd(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noise, 
 
 def _earlier(levels: Sequence[Level], level: Level, share: float) -> Level:
     """The level at a share of this one's time: on a table the whole timestep below it, else of the path's position."""
-    between(levels, level.half_log_snr)  # refuses levels that do not know their path
-    path = levels.path if isinstance(levels, Levels) else None
+    path = path_of(levels)
     if isinstance(path, VariancePreserving):
         return path.at_time(math.floor(share * level.time))
-    assert path is not None
     return path.at(share * path.find(level.half_log_snr))
 
 
@@ -140,8 +138,8 @@ def restart(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noi
     low = min((level for level in levels[1:] if level.sigma > 0), key=lambda level: abs(math.log(ratio(level) / s_low)), default=None)
     for index, now, then in transitions(x, levels):
         if low is None or ratio(low) >= s_high or s_low >= s_high:
-            raise RequestError(f"restart goes from sigma / alpha = {s_low:g} back up to {s_high:g}, and this run of {len(levels) - 1} steps has no level "
-                               "near the first and below the second: use more steps, or set s_low below s_high and both within the run.")
+            raise RequestError(f"restart goes from sigma / alpha near {s_low:g} back up to {s_high:g}, and none of these {len(levels) - 1} steps ends "
+                               "between them: use more steps, or set s_low below s_high and both within the run.")
         x0, x = _trapezoid(denoise, x, now, then, "ratio")
         if then is low:
             up = between(levels, max(levels[0].half_log_snr, -math.log(s_high)))

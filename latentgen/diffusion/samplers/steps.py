@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from latentgen.diffusion.level import Level
+from latentgen.diffusion.level import Level, NoisePath
 from latentgen.diffusion.schedule import Levels
 from latentgen.errors import RequestError
 
@@ -90,11 +90,17 @@ def first_order(now: Level, then: Level) -> bool:
     return now.alpha == 0 or then.sigma == 0
 
 
-def between(levels: Sequence[Level], half_log_snr: float) -> Level:
-    """The level of the run's path with this log(alpha / sigma); never noisier than the path itself."""
+def path_of(levels: Sequence[Level]) -> NoisePath:
+    """The path that a run's levels lie on; RequestError where they do not know it."""
     if not isinstance(levels, Levels) or levels.path is None:
         raise RequestError("this sampler asks between the levels, and these do not know their path: pass what spacing() gives, or Levels(levels, path).")
-    return levels.path.at(levels.path.find(half_log_snr))
+    return levels.path
+
+
+def between(levels: Sequence[Level], half_log_snr: float) -> Level:
+    """The level of the run's path with this log(alpha / sigma); never noisier than the path itself."""
+    path = path_of(levels)
+    return path.at(path.find(half_log_snr))
 
 
 def renoised(x: Tensor, now: Level, up: Level, noise: Noise, s_noise: float = 1.0) -> Tensor:
