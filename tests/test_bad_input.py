@@ -72,7 +72,7 @@ def refused(call, *words, kind=RequestError):
     ("seed", [-1, 2**63, 1.5, "lucky", True, 10**5000, [1, 2], torch.Generator()], "from 0 to 2**63 - 1"),
     ("batch", [0, -1, 65, 2.0, True, "2"], "from 1 to 64"),
     ("sampler", ["eulr", "", 5, ["euler"], "DPM++ 2M Karras", "\x00"], None),
-    ("spacing", ["karas", "", 7, "sgm_uniform"], None),
+    ("spacing", ["karas", "", 7, "sgm"], None),
     ("fit", ["stretch", True, ""], "'resize'"),
     ("strict", ["no", 0, 1], "True or False"),
     ("left", [-1, 4097, 1.5, "8", True], "from 0 to 4096"),
