@@ -60,7 +60,8 @@ class Recipe:
     @property
     def fields(self) -> dict[str, Any]:
         """What a `Request` takes, without pictures."""
-        return {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
+        said = {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
+        return {"dialect": "plain"} | said  # the first recipes say none: in their prompts nothing was syntax
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,6 +87,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     request = plan.request
     recipe: dict[str, Any] = {
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+        "dialect": request.dialect, "weighting": plan.weighting,
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0],
         **{name: value for name, value in plan.options.items() if name in Request.model_fields}}
