@@ -60,8 +60,7 @@ class Recipe:
     @property
     def fields(self) -> dict[str, Any]:
         """What a `Request` takes, without pictures."""
-        said = {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
-        return {"dialect": "plain"} | said  # the first recipes say none: in their prompts nothing was syntax
+        return {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -75,7 +74,8 @@ class Recipe:
         Raises:
             RequestError: the recipe was altered and says what no request can, or a change is wrong.
         """
-        return Request(**({"prompt": ""} | self.fields | changes))
+        first = {"prompt": "", "dialect": "plain"}  # the first recipes name no dialect: in their prompts nothing was syntax
+        return Request(**(first | self.fields | changes))
 
 
 def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, Any]:
