@@ -123,7 +123,8 @@ class Speaker:
         made, deaf = self.memo.get((*self._key("text", chunks, said), empty, weighed), make, lambda value: tensors(value[0]))
         for reader in deaf:
             note = f"weights say nothing to {reader}, whose pooled vector alone is used"
-            self.notes += [] if note in self.notes else [note]
+            if note not in self.notes:
+                self.notes.append(note)
         return made
 
     def _silence(self, chunks: Mapping[str, PromptChunks], said: Side) -> Mapping[str, Tensor]:
