@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.conditioning.explain import Explanation
 from latentgen.diffusion.compose import composed
 from latentgen.diffusion.guide import guided, image_guidance, masked
 from latentgen.diffusion.level import Denoiser, Level, noised, prediction_row, start
@@ -42,8 +43,6 @@ from latentgen.run.words import Script, Speaker
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from latentgen.conditioning.explain import Explanation
 
     Modules = dict[str, nn.Module]
 
