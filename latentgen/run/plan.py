@@ -177,9 +177,9 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
         asked_steps=request.steps or defaults.steps, first_step=full.index(levels[0]) + 1, levels=levels, sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
-        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative, weighting=resolved(request),
-        batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides], rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype,
-        device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
+        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative,
+        weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
+        rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
         evaluations=evaluations, notes=tuple(notes), source=source, references=references)
 
 

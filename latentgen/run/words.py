@@ -1,4 +1,7 @@
-"""What a planned text becomes for the denoiser: encoded, weighed and chosen by level. Knows texts and conditionings; knows no family and no sampler."""
+"""What a planned text becomes for the denoiser: encoded, weighed and chosen by level.
+
+Knows texts and conditionings; knows no family and no sampler.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,8 @@ class Speaker:
         return self.memo.get(self._key("silence", none, said), make, lambda heard: list(heard.values()))
 
     def _key(self, kind: str, chunks: Mapping[str, PromptChunks], said: Side) -> tuple[object, ...]:
-        return kind, tuple((reader, laid.ids) for reader, laid in chunks.items()), said, self.plan.request.clip_skip, tuple(map(fingerprint, self._seen))
+        ids = tuple((reader, laid.ids) for reader, laid in chunks.items())
+        return kind, ids, said, self.plan.request.clip_skip, tuple(map(fingerprint, self._seen))
 
     @property
     def _seen(self) -> Sequence[object]:
