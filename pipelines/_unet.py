@@ -137,12 +137,13 @@ def _number(config: Config, key: str, default: float, *, low: float, high: float
     return value
 
 
-def clip_states(encoder: Any, ids: Tensor, *, skip: int = 1) -> Tensor:
+def clip_states(encoder: Any, ids: Tensor, *, skip: int = 1, weigh: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """States of a CLIP text model, its final norm applied, for cross-attention.
 
     Args:
         ids: (n, length) token ids of n chunks.
         skip: 1 for the last layer, 2 for the one before it, ...
+        weigh: what the states (n, length, width) go through before they are joined; None leaves them.
 
     Returns:
         (1, n * length, width), the chunks joined end to end.
@@ -157,6 +158,7 @@ def clip_states(encoder: Any, ids: Tensor, *, skip: int = 1) -> Tensor:
         if skip >= len(hidden):
             raise RequestError(f"clip_skip is {skip} but the text encoder has {len(hidden) - 1} layers: use at most {len(hidden) - 1}")
         states = getattr(encoder, "text_model", encoder).final_layer_norm(hidden[-skip])
+    states = states if weigh is None else weigh(states)
     return states.reshape(1, -1, states.shape[-1])
 
 

@@ -72,7 +72,8 @@ def encode(modules: Modules, words: Words) -> Conditioning:
     A long text is whole in T5's tokens; CLIP's vector is that of the first chunk.
     """
     pooled = modules["text_encoder"](words.ids["tokenizer"][:1]).pooler_output
-    return Conditioning(modules["text_encoder_2"](words.ids["tokenizer_2"]).last_hidden_state, pooled)
+    states = modules["text_encoder_2"](words.ids["tokenizer_2"]).last_hidden_state
+    return Conditioning(words.weigh("tokenizer_2", states), pooled)
 
 
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:

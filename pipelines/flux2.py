@@ -79,7 +79,7 @@ def encode(modules: Modules, words: Words, *, layers: tuple[int, ...]) -> Condit
     model = modules["text_encoder"].model  # the vocabulary's head is of no use here
     language = getattr(model, "language_model", model)
     states = language(words.ids["tokenizer"], attention_mask=words.mask["tokenizer"], output_hidden_states=True, use_cache=False).hidden_states
-    return Conditioning(torch.cat([states[layer] for layer in layers], dim=-1))
+    return Conditioning(words.weigh("tokenizer", torch.cat([states[layer] for layer in layers], dim=-1)))
 
 
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:

@@ -25,7 +25,7 @@ INDEX: tuple[str, ...] = ()
 
 def encode(modules: Modules, words: Words) -> Conditioning:
     """(n, 32) token ids of n chunks -> states (1, n * 32, width), the chunks joined end to end."""
-    states = modules["text_encoder"](words.ids["tokenizer"]).last_hidden_state
+    states = words.weigh("tokenizer", modules["text_encoder"](words.ids["tokenizer"]).last_hidden_state)
     return Conditioning(states.reshape(1, -1, states.shape[-1]))
 
 

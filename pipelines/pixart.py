@@ -43,7 +43,8 @@ PARTS = (
 def encode(modules: Modules, words: Words) -> Conditioning:
     """T5's states (1, 120 or 300, width), and which of them are words: `mask` (1, 120 or 300), 0 at padding."""
     mask = words.mask["tokenizer"]
-    return Conditioning(modules["text_encoder"](words.ids["tokenizer"], attention_mask=mask).last_hidden_state, extra={"mask": mask})
+    states = modules["text_encoder"](words.ids["tokenizer"], attention_mask=mask).last_hidden_state
+    return Conditioning(words.weigh("tokenizer", states), extra={"mask": mask})
 
 
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:

@@ -62,7 +62,8 @@ def encode(modules: Modules, words: Words) -> Conditioning:
     model, ids = modules["text_encoder"].model, words.ids["tokenizer"]  # the vocabulary's head is of no use here
     drop = TEMPLATE_TOKENS[bool(words.references)]
     if not words.references:
-        return Conditioning(model.language_model(ids, use_cache=False).last_hidden_state[:, drop:])
+        states = model.language_model(ids, use_cache=False).last_hidden_state
+        return Conditioning(words.weigh("tokenizer", states)[:, drop:])
     pixels, grid = (t.to(ids.device) for t in seen(reference_sized(words.references[0]), model.config.vision_config))
     place = model.config.image_token_id
     at = int((ids[0] == place).nonzero()[0])
@@ -71,7 +72,9 @@ def encode(modules: Modules, words: Words) -> Conditioning:
     # said here, as the model would otherwise count a picture's tokens like words, in one line
     places, _ = model.get_rope_index(ids, mm_token_type_ids=(ids == place).int(), image_grid_thw=grid)
     states = model(ids, position_ids=places, pixel_values=pixels, image_grid_thw=grid, use_cache=False).last_hidden_state
-    return Conditioning(states[:, drop:])
+    # the picture is one token of the tokenizer's, and its states are not weighed
+    said = words.weigh("tokenizer", torch.cat([states[:, :at + 1], states[:, at + count:]], dim=1))
+    return Conditioning(torch.cat([said[:, :at], states[:, at:at + count], said[:, at + 1:]], dim=1)[:, drop:])
 
 
 def seen(picture: Tensor, vision: Any) -> tuple[Tensor, Tensor]:

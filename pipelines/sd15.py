@@ -51,7 +51,8 @@ SIGNATURES = (*signatures("sd15", 4, 768), *signatures("sd15-inpaint", 9, 768), 
 
 def encode(modules: Modules, words: Words) -> Conditioning:
     """(n, 77) token ids of n chunks -> states (1, n * 77, width), the chunks joined end to end."""
-    return Conditioning(clip_states(modules["text_encoder"], words.ids["tokenizer"], skip=words.clip_skip))
+    weigh = partial(words.weigh, "tokenizer")
+    return Conditioning(clip_states(modules["text_encoder"], words.ids["tokenizer"], skip=words.clip_skip, weigh=weigh))
 
 
 def check_unet(unet: Config, name: str, *, channels: tuple[int, ...]) -> int:

@@ -111,8 +111,9 @@ def encode(modules: Modules, words: Words, *, widths: Mapping[str, int], joint: 
     Raises:
         RequestError: clip_skip goes past an encoder's first layer.
     """
-    heard = {part: _clip(modules[part], part, words.ids[TOKENIZERS[part]], words.clip_skip) for part in CLIPS if TOKENIZERS[part] in words.ids}
-    tail = modules[T5](words.ids[TOKENIZERS[T5]]).last_hidden_state if TOKENIZERS[T5] in words.ids else None
+    heard = {part: _clip(modules[part], part, words) for part in CLIPS if TOKENIZERS[part] in words.ids}
+    third = TOKENIZERS[T5]
+    tail = words.weigh(third, modules[T5](words.ids[third]).last_hidden_state) if third in words.ids else None
     like = next(iter(heard.values()))[0] if tail is None else tail
     length = next((states.shape[1] for states, _ in heard.values()), CHUNK)
     both = [heard.get(part) or (like.new_zeros(1, length, width), like.new_zeros(1, width)) for part, width in widths.items()]
@@ -122,12 +123,13 @@ def encode(modules: Modules, words: Words, *, widths: Mapping[str, int], joint: 
     return Conditioning(torch.cat([head, tail], dim=1), torch.cat([pooled for _, pooled in both], dim=-1))
 
 
-def _clip(module: torch.nn.Module, part: str, ids: Tensor, skip: int) -> tuple[Tensor, Tensor]:
-    """(n, 77) ids -> states (1, n * 77, width), the chunks joined end to end, and the first chunk's pooled vector (1, width)."""
+def _clip(module: torch.nn.Module, part: str, words: Words) -> tuple[Tensor, Tensor]:
+    """(n, 77) ids of the part's tokenizer -> states (1, n * 77, width), the chunks joined end to end, and the first chunk's pooled vector (1, width)."""
+    skip, reader = words.clip_skip, TOKENIZERS[part]
     if not 1 <= skip < (layers := module.config.num_hidden_layers):
         raise RequestError(f"clip_skip is {skip} but {part} has {layers} layers, the last never used: give a number from 1 to {layers - 1}")
-    out = module(ids, output_hidden_states=True)
-    return out.hidden_states[-1 - skip].flatten(0, 1)[None], out.text_embeds[:1]
+    out = module(words.ids[reader], output_hidden_states=True)
+    return words.weigh(reader, out.hidden_states[-1 - skip]).flatten(0, 1)[None], out.text_embeds[:1]
 
 
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:

@@ -76,7 +76,7 @@ def encode(modules: Modules, words: Words, *, encoders: Mapping[str, str], zeros
         if not 1 <= words.clip_skip < (layers := module.config.num_hidden_layers):
             raise RequestError(f"clip_skip is {words.clip_skip} but {part} has {layers} layers, the last unused: give 1 to {layers - 1}")
         out = module(words.ids[tokenizer], output_hidden_states=True)
-        states.append(out.hidden_states[-1 - words.clip_skip].flatten(0, 1)[None])
+        states.append(words.weigh(tokenizer, out.hidden_states[-1 - words.clip_skip]).flatten(0, 1)[None])
         pooled = out.text_embeds[:1] if part == "text_encoder_2" else pooled
     return Conditioning(torch.cat(states, dim=-1), pooled)
 

@@ -44,7 +44,8 @@ PARTS = (
 def encode(modules: Modules, words: Words) -> Conditioning:
     """The language model's states before its last layer, (1, n, 2560), of the n tokens of prompt and template; without padding, as in training."""
     language = modules["text_encoder"].model  # the vocabulary's head is of no use here
-    return Conditioning(language(words.ids["tokenizer"], output_hidden_states=True, use_cache=False).hidden_states[-2])
+    states = language(words.ids["tokenizer"], output_hidden_states=True, use_cache=False).hidden_states[-2]
+    return Conditioning(words.weigh("tokenizer", states))
 
 
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:

@@ -383,3 +383,10 @@ def test_anything_may_stand_anywhere(value: Any, seed: int, which: int) -> None:
     spot[key] = value
     found = reader(broken)  # type: ignore[operator]
     assert found is None or found.request(strict=False).prompt is not None
+
+
+@pytest.mark.parametrize("tool, dialect", [("ComfyUI", "comfy"), ("InvokeAI 4.2", "plain"), ("diffusers", "plain"), ("A1111", "a1111"),
+                                           ("Forge", "a1111")])
+def test_prompts_are_read_as_the_program_read_them(tool: str, dialect: str) -> None:
+    found = Foreign(tool, {"prompt": "a (cat:1.2)"})
+    assert found.request().dialect == dialect and found.request(dialect="plain").dialect == "plain"

@@ -41,11 +41,22 @@ def takes(*groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 _P = "Picture"
+DIALECT: Group = (
+    _option(_P, "dialect", str, "--dialect", "How prompts are read: a1111 ((word:1.3), [from:to:0.4], AND), comfy ((word:1.3)) or plain (as they stand).",
+            default="a1111", metavar="NAME"),
+)
+OTHERS: Group = tuple(
+    _option(_P, f"prompt_{n}", str, f"--prompt-{n}", f"Other words for the model's {nth} text encoder.", default="", metavar="TEXT")
+    for n, nth in ((2, "second"), (3, "third")))
 WORDS: Group = (
     _option(_P, "negative_prompt", str | None, "--negative --negative-prompt", "What the picture should not show. Needs guidance above 1.",
             metavar="TEXT"),
-    *(_option(_P, f"{side}_{n}", str, f"--{side.replace('_', '-')}-{n}", f"Other words for the model's {nth} text encoder.", default="", metavar="TEXT")
-      for n, nth in ((2, "second"), (3, "third")) for side in ("prompt", "negative_prompt")),
+    *OTHERS,
+    *(_option(_P, f"negative_prompt_{n}", str, f"--negative-prompt-{n}", f"As --prompt-{n}, for the negative side.", default="", metavar="TEXT")
+      for n in (2, 3)),
+    *DIALECT,
+    _option(_P, "weighting", str | None, "--weighting", "By which rule weights in a prompt hold: a1111, a1111_no_norm or comfy. Default: the dialect's.",
+            metavar="NAME"),
     _option(_P, "clip_skip", int, "--clip-skip", "Which layer of CLIP is read: 1 the model's own, 2 the one before it.", default=1),
     _option(_P, "seed", int | None, "--seed",
             "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Default: a new one, which is reported."),
@@ -86,8 +97,11 @@ SOURCE: Group = (
 )
 
 _S = "Sampling"
-SAMPLING: Group = (
+STEPS: Group = (
     _option(_S, "steps", int | None, "--steps", f"How often the network looks at the picture, 1 to 1000; more is slower and finer. {MODELS_OWN}"),
+)
+SAMPLING: Group = (
+    *STEPS,
     _option(_S, "guidance_scale", float | None, "--guidance --guidance-scale",
             f"How closely to follow the words, 0 to 100; 1 turns it off and is twice as fast. {MODELS_OWN}"),
     _option(_S, "true_cfg_scale", float | None, "--true-cfg", "Guidance by a second evaluation, 1 (off) to 100, for models with guidance built in; a negative prompt needs it."),

@@ -1,10 +1,11 @@
-"""txt2img, img2img, inpaint, outpaint and plan: what was typed -> Request -> files. Knows file names and what is printed; the work is in run/."""
+"""txt2img, img2img, inpaint, outpaint, edit, plan and explain: what was typed -> Request -> files. Knows file names and what is printed; the work is in run/."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentgen.cli.meter import Meter
-from latentgen.cli.options import JSON, MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.options import DIALECT, JSON, MACHINE, OTHERS, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ EXAMPLES = {
     "inpaint": 'Example:  latentgen inpaint "a blue hat" cat.png --mask where.png',
     "outpaint": 'Example:  latentgen outpaint "a tree on a hill" tree.png --left 64 --right 64',
     "edit": 'Example:  latentgen edit "make it winter" park.png --model timbrooks/instruct-pix2pix',
+    "explain": 'Example:  latentgen explain "a (red:1.3) heart, [flat:shaded:0.5]" --steps 20',
     "plan": 'Example:  latentgen plan "a red heart" --steps 30 --batch 4',
 }
 Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", metavar="PROMPT", show_default=False)]
@@ -82,6 +84,14 @@ def plan(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     request = Request(prompt=prompt, **_given(words))
     made = opened({name: value for name, value in said.items() if name not in words}, progress=None).plan(request)
     typer.echo(json.dumps(_plan_data(made), ensure_ascii=False, indent=1) if as_json else str(made))
+
+
+@takes(DIALECT, OTHERS, MACHINE, STEPS, JSON)
+def explain(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
+    """Print how a prompt is read: its tokens with their weights, chunks, what is said in which step, and what is not heard. Loads no weights."""
+    words = {name: said.pop(name) for name in ("dialect", "prompt_2", "prompt_3", "steps")}
+    made = opened(said, progress=None).explain(prompt, **_given(words))
+    typer.echo(json.dumps(asdict(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
 
 def _make(task: str, *, output: Path | None, quality: int | None, show: bool, quiet: bool, as_json: bool, **said: Any) -> None:
@@ -185,10 +195,9 @@ def _report(result: Result, files: list[Path], *, quiet: bool, as_json: bool) ->
 
 def _plan_data(made: Plan) -> dict[str, Any]:
     """A plan as plain data: every field but the request and the picture, prompts as their counts, levels as numbers."""
-    from dataclasses import asdict, fields
-
     data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("request", "source", "prompt", "negative", "levels")}
     data |= {"steps": made.steps, "options": dict(made.options), "weights": dict(made.weights)}
-    for name, chunks in (("prompt", made.prompt), ("negative", made.negative)):
-        data[name] = {"text": chunks.text, "tokens": chunks.tokens, "chunks": len(chunks.ids)}
+    for name, text in (("prompt", made.prompt), ("negative", made.negative)):
+        data[name] = {"text": text.text, "tokens": text.tokens, "chunks": len(text.ids)}
+        data[name] |= {"said": str(text)} if len(text.spans) > 1 or text.composed > 1 else {}
     return data | {"levels": [asdict(level) for level in made.levels]}

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from latentgen.conditioning.weighting import Weigh, unweighted
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -106,6 +108,8 @@ class Words:
         empty: nothing was said (only ever for the negative side of a request without a negative prompt).
         clip_skip: 1 uses the last layer that the family uses, 2 the one before it (as A1111 counts).
         references: pictures as (1, 3, H, W) in [-1, 1], for encoders that see; empty elsewhere.
+        weigh: (tokenizer name, states (n, length, width) that cross-attention reads) -> the states with the weights that were said. `encode` calls
+            it once for each such tokenizer, after the last norm and before chunks or encoders are joined; never with a pooled vector.
     """
 
     ids: Mapping[str, Tensor]
@@ -114,6 +118,7 @@ class Words:
     empty: bool = False
     clip_skip: int = 1
     references: tuple[Tensor, ...] = ()
+    weigh: Weigh = unweighted
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def from_workflow(data: Mapping[str, Any]) -> Foreign | None:
 
 def _as_ran(node: Node, origins: Mapping[Any, list[Any]]) -> dict[str, Any]:
     """A node of the screen with its inputs by name: widgets' values, and links, which go before them. One that is bypassed (mode 4) only hands on."""
-    slots = [slot for slot in node.get("inputs") or [] if isinstance(slot, dict) and isinstance(slot.get("name"), str)]
+    given = node.get("inputs")
+    slots = [slot for slot in (given if isinstance(given, list) else []) if isinstance(slot, dict) and isinstance(slot.get("name"), str)]
     linked = {slot["name"]: origins[str(slot["link"])] for slot in slots if str(slot.get("link")) in origins}
     if node.get("mode") == 4:
         return {"class_type": "Reroute", "inputs": linked}

@@ -17,6 +17,7 @@ from latentgen.errors import RequestError
 from latentgen.run.request import Request
 
 _NETWORKS = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})(?::[^<>]{0,80})?>")
+DIALECTS = {"ComfyUI": "comfy", "diffusers": "plain", "InvokeAI": "plain"}  # how a program read its prompts; others as A1111
 SAMPLER_OPTIONS = "sampler_options"  # the field for what only some samplers take
 
 
@@ -44,7 +45,8 @@ class Foreign:
         Raises:
             RequestError: a change is wrong.
         """
-        return Request(**({"prompt": ""} | dict(self.fields) | changes))
+        program = self.tool.partition(" ")[0]
+        return Request(**({"prompt": "", "dialect": DIALECTS.get(program, "a1111")} | dict(self.fields) | changes))
 
     def noted(self, note: str) -> Foreign:
         """The same with one more note."""

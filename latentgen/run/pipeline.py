@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.conditioning.explain import Explanation
+from latentgen.diffusion.compose import composed
 from latentgen.diffusion.guide import guided, image_guidance, masked
 from latentgen.diffusion.level import Denoiser, Level, noised, prediction_row, start
 from latentgen.diffusion.noise import SeededNoise
@@ -24,18 +26,20 @@ from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.errors import NotFiniteError, RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
-from latentgen.models.family import Conditioning, Scene, Side, Words
+from latentgen.models.family import Conditioning, Scene
 from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode, preview
 from latentgen.pixels.mask import paste_back
-from latentgen.run.batch import alike, fingerprint, joined, repeated, tensors
+from latentgen.run.batch import joined, repeated
 from latentgen.run.memo import Memo
-from latentgen.run.plan import OPTIONS, Machine, Plan, PlannedText, make_plan, source_pixels
+from latentgen.run.plan import OPTIONS, Machine, Plan, make_plan, source_pixels
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.recipe import make_recipe
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
+from latentgen.run.texts import explain_text
+from latentgen.run.words import Script, Speaker
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,6 +139,17 @@ class Pipeline:
         """
         return make_plan(_as_request(request, options), self.family, self.checkpoint.tokenizers, self._machine)
 
+    def explain(self, request: Request | str, **options: Any) -> Explanation:
+        """What a prompt says to each encoder: tokens, chunks, weights, the schedule by step, what is not heard. Loads no weights; print it.
+
+        Takes a `Request`, or a prompt with options, of which dialect, steps, prompt_2 and prompt_3 count.
+
+        Raises:
+            RequestError: see `Request`; or more text than any request may have.
+        """
+        said = _as_request(request, options)
+        return explain_text(said, self.checkpoint.tokenizers, steps=said.steps or self.family.defaults.steps)
+
     def stream(self, request: Request | str | Plan, **options: Any) -> Run:
         """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step."""
         if not isinstance(request, Plan):
@@ -163,7 +178,7 @@ class Pipeline:
         notes = list(plan.notes)
         began = time.perf_counter()
         self.residency.check()
-        conditionings = self._conditionings(plan, notes)
+        script = self._script(plan, notes)
         timings["text"] = time.perf_counter() - began
         spec = self.family.latent
         shape = spec.shape(plan.width, plan.height)
@@ -175,7 +190,7 @@ class Pipeline:
         x = self._start(plan, z0, eps)
         phase = time.perf_counter()
         with self.residency.use("denoiser") as modules:
-            denoise = self._denoiser(modules, plan, conditionings)
+            denoise = self._denoiser(modules, plan, script)
             if z0 is not None and plan.source is not None and plan.source.mask is not None and self.family.task != "inpaint":
                 denoise = masked(denoise, z0=z0, mask=_latent_mask(plan.source.mask, spec.factor).to(device), eps=eps)
             sample = find_sampler(plan.sampler).function
@@ -204,35 +219,10 @@ class Pipeline:
             return noised(z0.expand_as(eps), eps, first)
         return start(eps, first)
 
-    def _conditionings(self, plan: Plan, notes: list[str]) -> list[Conditioning]:
-        """What each evaluation of a guided step is given: the words; then the negative ones; then, where a picture guides too, neither."""
-        guided = plan.batching != "off"
-        sides: tuple[Side, ...] = ("positive", "negative", "none")[:{"off": 1, "pair": 2, "triple": 3}[plan.batching]] if guided else ("positive",)
-        texts: dict[Side, PlannedText] = {"positive": plan.prompt, "negative": plan.negative, "none": plan.negative}
-        worded = [self._encoded(plan, texts[side], side) for side in sides]
-        scene = self._scene(plan, notes)
-        made = []
-        for side, words in zip(sides, worded, strict=True):
-            extra = {name: tensor.to(self.residency.device) for name, tensor in self.family.inputs(scene, side).items()}
-            made.append(replace(words, extra={**words.extra, **extra}) if extra else words)
-        return made
-
-    def _encoded(self, plan: Plan, text: PlannedText, side: Side) -> Conditioning:
-        """One text through the encoders, or from the memo."""
-        said = "positive" if side == "positive" else "negative"
-        request, seen = plan.request, plan.references if self.family.reads_pictures else ()
-        empty = said == "negative" and not any((text.text, request.negative_prompt_2, request.negative_prompt_3))
-
-        def make() -> Conditioning:
-            device = self.residency.device
-            ids = {name: torch.tensor(chunks.ids, device=device) for name, chunks in text.chunks.items()}
-            mask = {name: torch.tensor(chunks.mask, device=device) for name, chunks in text.chunks.items()}
-            words = Words(ids, mask, said, empty, request.clip_skip, tuple(to_tensor(p) for p in seen))
-            with self.residency.use("text") as modules, torch.no_grad():
-                return self.family.encode(modules, words)
-
-        key = ("text", tuple((name, chunks.ids) for name, chunks in text.chunks.items()), said, empty, request.clip_skip, tuple(map(fingerprint, seen)))
-        return self._memo.get(key, make, tensors)
+    def _script(self, plan: Plan, notes: list[str]) -> Script:
+        """What is said when, as the denoiser hears it: words, and what the family adds of the picture."""
+        speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self._memo, plan, notes)
+        return speaker.script(partial(self.family.inputs, self._scene(plan, notes)))
 
     def _scene(self, plan: Plan, notes: list[str]) -> Scene:
         """The picture side of a request, as a family's `inputs` reads it."""
@@ -268,7 +258,7 @@ class Pipeline:
                 raise
             return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
 
-    def _denoiser(self, modules: Modules, plan: Plan, conditionings: list[Conditioning]) -> Denoiser:
+    def _denoiser(self, modules: Modules, plan: Plan, script: Script) -> Denoiser:
         """(x, level) -> x0 with the words, guided where the plan says so; `plan.rows` pictures per network call."""
         family = self.family
 
@@ -278,25 +268,28 @@ class Pipeline:
                 return a * x + b * family.predict(modules, x, level, conditioning)
 
         def with_words(x: Tensor, level: Level) -> Tensor:
-            parts = [estimate(part, level, repeated(conditionings[0], len(part))) for part in x.split(plan.rows)]
+            said = script.at(level)
+            if len(said.prompts) > 1:
+                return every(x, level)[0]
+            parts = [estimate(part, level, repeated(said.prompts[0], len(part))) for part in x.split(plan.rows)]
             return torch.cat(parts) if parts[1:] else parts[0]
+
+        def every(x: Tensor, level: Level) -> tuple[Tensor, ...]:
+            said, rows = script.at(level), []
+            for part in x.split(plan.rows):
+                each = [repeated(c, len(part)) for c in said.every]
+                if said.together:
+                    rows.append(estimate(torch.cat([part] * len(each)), level, joined(each)).chunk(len(each)))
+                else:  # encoders without padding give the texts different lengths
+                    rows.append(tuple(estimate(part, level, c) for c in each))
+            x0s = tuple(torch.cat(sides) if sides[1:] else sides[0] for sides in zip(*rows, strict=True))
+            count = len(said.prompts)
+            return x0s if count == 1 else (composed(x0s[:count], x0s[count], said.weights), *x0s[count:])
 
         if plan.batching == "off":
             return with_words
-        together = alike(conditionings)
-
-        def every(x: Tensor, level: Level) -> tuple[Tensor, ...]:
-            rows = []
-            for part in x.split(plan.rows):
-                said = [repeated(c, len(part)) for c in conditionings]
-                if together:
-                    rows.append(estimate(torch.cat([part] * len(said)), level, joined(said)).chunk(len(said)))
-                else:  # encoders without padding give the two texts different lengths
-                    rows.append(tuple(estimate(part, level, c) for c in said))
-            return tuple(torch.cat(sides) if sides[1:] else sides[0] for sides in zip(*rows, strict=True))
-
         combine: Callable[..., Tensor] | None = None
-        if plan.batching == "triple":
+        if family.guidance == "image" and plan.references:
             def combine(x: Tensor, level: Level, x0s: tuple[Tensor, ...]) -> Tensor:
                 return image_guidance(*x0s, scale=plan.cfg_scale, image_scale=plan.image_guidance_scale)
         elif family.combine is not None:

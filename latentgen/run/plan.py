@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentgen.conditioning.prompt import PromptChunks, laid_out, levelled
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.diffusion.schedule import spacing as make_spacing
@@ -24,6 +23,7 @@ from latentgen.errors import ImageError, RequestError
 from latentgen.models.family import Family
 from latentgen.pixels.image import extended, fit_to, open_image, to_tensor
 from latentgen.pixels.mask import canvas, open_mask
+from latentgen.run.texts import PlannedText, plan_texts, resolved
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
@@ -53,40 +53,18 @@ class Source:
 
 
 @dataclass(frozen=True)
-class PlannedText:
-    """A text as every encoder will read it.
-
-    Attributes:
-        text: what was said.
-        chunks: tokenizer name -> its chunks of token ids.
-    """
-
-    text: str
-    chunks: Mapping[str, PromptChunks]
-
-    @property
-    def ids(self) -> tuple[tuple[int, ...], ...]:
-        """Chunks of the first tokenizer."""
-        return next(iter(self.chunks.values())).ids
-
-    @property
-    def tokens(self) -> int:
-        """How many ids of the first tokenizer are words."""
-        return next(iter(self.chunks.values())).tokens
-
-
-@dataclass(frozen=True)
 class Plan:
     """What will be done, in full. Print it.
 
     Attributes:
         width, height: the size that is denoised; `crop` is the size of the finished picture (an edit keeps its picture's size).
         levels: the levels visited, the clean one last; `steps` of them are evaluated.
-        prompt, negative: token chunks, as many of one as of the other where both are used.
-        asked_steps: steps of the whole run, of which an edit runs the share `strength`.
+        prompt, negative: what is said when, as token chunks, as many of one as of the other where both are used.
+        weighting: the rule by which weights in them are read.
+        asked_steps: steps of the whole run, of which an edit runs the share `strength`; `first_step` is the first of them, counted from 1.
         cfg_scale: weight of the evaluations against each other: guidance_scale, or true_cfg_scale where the model has guidance built in; 1 is off.
-        batching: how a guided evaluation runs: "pair" or "triple" (in one call), or "off" (no guidance).
-        evaluations: how often the network sees one picture, exactly: two or three for each guided level that a sampler asks about, else one.
+        batching: how a guided evaluation runs: "pair", "triple" or, where AND joins prompts, "several" (in one call), or "off" (no guidance).
+        evaluations: how often the network sees one picture, exactly: two or more for each guided level that a sampler asks about, else one.
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. On a CPU 1, so that a picture never depends on its batch.
         tile: side of an autoencoder tile in pixels, or None.
@@ -101,6 +79,7 @@ class Plan:
     crop: tuple[int, int]
     seeds: tuple[int, ...]
     asked_steps: int
+    first_step: int
     levels: tuple[Level, ...]
     sampler: str
     spacing: str
@@ -113,6 +92,7 @@ class Plan:
     strength: float
     prompt: PlannedText
     negative: PlannedText
+    weighting: str
     batching: str
     rows: int
     dtype: str
@@ -137,8 +117,8 @@ class Plan:
         rows = {
             "model": self.model, "task": self.task, "size": size, "seeds": ", ".join(map(str, self.seeds)),
             "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v:g}" for k, v in self.options.items()),
-            "guidance": guidance, "prompt": f"{self.prompt.tokens} tokens in {len(self.prompt.ids)} chunk(s)",
-            "negative": f"{self.negative.tokens} tokens" if self.negative.text else "none",
+            "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
+            "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
             "compute": f"{self.dtype} on {self.device}, {self.residency}, {self.evaluations} network evaluations a picture",
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
@@ -180,8 +160,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
     scale, cfg = _guidance(request, family, refuse)
     guided = cfg != 1 or (family.guidance == "image" and bool(references))
-    levels, strength, options = _levels(request, family, (width, height), refuse, notes)
-    prompt, negative = _texts(request, family, tokenizers, guided, refuse, notes)
+    full, levels, strength, options = _levels(request, family, (width, height), refuse, notes)
+    prompt, negative = plan_texts(request, family, tokenizers, steps=len(full) - 1, guided=guided, refuse=refuse, notes=notes)
     if source is not None and source.mask is not None and not source.mask.any():
         notes.append("the mask is all black: the picture comes back as it was")
     low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
@@ -189,15 +169,17 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     per_step = find_sampler(request.sampler or defaults.sampler).evaluations_per_step
     asked = [level for pair in pairwise(levels) for level in pair[:per_step] if level.sigma > 0]
     sides = SIDES["image"] if family.guidance == "image" and references else SIDES["cfg"]
-    evaluations = sum(sides if guided and low <= family.path.find(level.half_log_snr) <= high else 1 for level in asked)
+    several = prompt.composed > 1  # which is composed outside the interval, too
+    sides += prompt.composed - 1
+    evaluations = sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
         request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
-        asked_steps=request.steps or defaults.steps, levels=levels, sampler=request.sampler or defaults.sampler,
+        asked_steps=request.steps or defaults.steps, first_step=full.index(levels[0]) + 1, levels=levels, sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative,
-        batching={2: "pair", 3: "triple"}[sides] if guided else "off", rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype,
-        device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
+        weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
+        rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
         evaluations=evaluations, notes=tuple(notes), source=source, references=references)
 
 
@@ -242,8 +224,8 @@ def _guidance(request: Request, family: Family, refuse: Callable[[str], None]) -
 
 
 def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Callable[[str], None],
-            notes: list[str]) -> tuple[tuple[Level, ...], float, dict[str, float]]:
-    """The levels to run, strength and the sampler's options."""
+            notes: list[str]) -> tuple[tuple[Level, ...], tuple[Level, ...], float, dict[str, float]]:
+    """The levels of the whole run, those to run, strength and the sampler's options."""
     defaults, task = family.defaults, request.task
     steps, spacing = request.steps or defaults.steps, request.spacing or defaults.spacing
     info = find_sampler(request.sampler or defaults.sampler)
@@ -257,8 +239,8 @@ def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Cal
         refuse(f"shift is {request.shift:g} but {family.name} does not run on a rectified flow: leave shift out")
     shift = defaults.shift if family.shift is None else family.shift(*size, steps)
     shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in RAMPS else shift
-    levels = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0,
-                         terminal=family.terminal)
+    levels = full = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0,
+                                terminal=family.terminal)
     strength = 1.0
     if task in ("img2img", "inpaint"):
         strength = request.strength if request.strength is not None else (defaults.strength if task == "img2img" else 1.0)
@@ -270,7 +252,7 @@ def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Cal
         refuse(f"strength is given but {task} has nothing to keep by strength: leave it out")
     if request.feather and task != "outpaint":
         refuse(f"feather is given but this is {task}: it softens the rim of an outpainted area")
-    return _share(request, family, levels), strength, options
+    return full, _share(request, family, levels), strength, options
 
 
 def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple[Level, ...]:
@@ -287,32 +269,6 @@ def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple
     if first >= last:
         raise RequestError(f"no step lies between denoising_start {ends[0]:g} and denoising_end {ends[1]:g} of {len(levels) - 1} steps: use more steps")
     return levels[first:last + 1]
-
-
-def _texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens], guided: bool, refuse: Callable[[str], None],
-           notes: list[str]) -> tuple[PlannedText, PlannedText]:
-    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used."""
-    others = [name for name in (f"tokenizer_{n}" for n in (2, 3)) if name in list(tokenizers)[1:]]  # the first reads the prompt itself
-    for n in (2, 3):
-        for field_name in (f"prompt_{n}", f"negative_prompt_{n}"):
-            if getattr(request, field_name) and f"tokenizer_{n}" not in others:
-                refuse(f"{field_name} is given but {family.name} here has no text encoder that would read it: leave it out")
-    if request.clip_skip > 1 and not family.clip_skip:
-        refuse(f"clip_skip is {request.clip_skip} but {family.name} reads no layer of CLIP that could be chosen: leave it out")
-
-    def read(side: str, first: str) -> dict[str, PromptChunks]:
-        own = {name: text for name in others if (text := getattr(request, side + name.removeprefix("tokenizer")))}
-        return laid_out(first, tokenizers, name=side, texts=own, strict=request.strict, notes=notes)
-
-    prompt, negative = read("prompt", request.prompt), read("negative_prompt", request.negative_prompt)
-    if guided:
-        prompt, negative = levelled(prompt, negative, tokenizers)
-    if not request.prompt.strip():
-        notes.append("the prompt is empty: the picture is unconditional")
-    first = next(iter(prompt.values()))
-    if len(first.ids) > 1:
-        notes.append(f"the prompt has {first.tokens} tokens and is read in {len(first.ids)} chunks of {len(first.ids[0]) - 2}")
-    return PlannedText(request.prompt, prompt), PlannedText(request.negative_prompt, negative)
 
 
 def _size(request: Request, family: Family, references: tuple[Image.Image, ...]) -> tuple[Source | None, int, int, tuple[int, int]]:

@@ -74,7 +74,8 @@ class Recipe:
         Raises:
             RequestError: the recipe was altered and says what no request can, or a change is wrong.
         """
-        return Request(**({"prompt": ""} | self.fields | changes))
+        first = {"prompt": "", "dialect": "plain"}  # the first recipes name no dialect: in their prompts nothing was syntax
+        return Request(**(first | self.fields | changes))
 
 
 def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     request = plan.request
     recipe: dict[str, Any] = {
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
+        "dialect": request.dialect, "weighting": plan.weighting,
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0],
         **{name: value for name, value in plan.options.items() if name in Request.model_fields}}

@@ -23,6 +23,7 @@ EXPECTED = {
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
     "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
+    "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
 PAIRS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size")
@@ -38,7 +39,7 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
-    "image_cfg_scale": "image_guidance_scale", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
+    "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
 }
 
 
@@ -59,6 +60,8 @@ class Request(BaseModel):
         image, mask: PIL picture, path, bytes, array or tensor; white in the mask is repainted.
         strength: share of the steps that an edit runs, above 0 to 1.
         left, right, top, bottom: pixels that outpaint adds. feather: soft rim of the outpaint mask.
+        dialect: how prompts are read: "a1111" ((word:1.3), [from:to:0.4], [a|b], AND, BREAK), "comfy" ((word:1.3)) or "plain" (nothing is syntax).
+        weighting: by which rule weights hold: "a1111", "a1111_no_norm" or "comfy"; None takes that of the dialect.
         prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other words for a model's second and third text encoder.
         clip_skip: 1 is the layer that the model uses, 2 the one before it (A1111's count).
         reference: a picture, or several, that a model for editing by instruction looks at.
@@ -101,6 +104,8 @@ class Request(BaseModel):
     bottom: int = Field(0, ge=0, le=4096)
     feather: int = Field(0, ge=0, le=512)
     fit: str | None = Field(None, pattern="^resize$")
+    dialect: str = Field("a1111", pattern="^(a1111|comfy|plain)$")
+    weighting: str | None = Field(None, pattern="^(a1111|a1111_no_norm|comfy)$")
     prompt_2: str = ""
     prompt_3: str = ""
     negative_prompt_2: str = ""

@@ -1,0 +1,155 @@
+"""The words of a request, planned: read in their dialect, laid out for every encoder, by step. Knows tokenizers and steps; runs no encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from latentgen.conditioning.dialect import Parsed, parse
+from latentgen.conditioning.explain import Explanation
+from latentgen.conditioning.explain import explain as explained
+from latentgen.conditioning.prompt import LaidSpan, PromptChunks, laid_spans, level_spans
+
+if TYPE_CHECKING:
+    from latentgen.conditioning.tokens import Tokens
+    from latentgen.conditioning.weighting import Rule
+    from latentgen.models.family import Family
+    from latentgen.run.request import Request
+
+SHOWN = 8  # stretches of steps that a plan prints
+SHORT = 60  # letters of a prompt that it prints of each
+
+
+@dataclass(frozen=True)
+class PlannedText:
+    """A text as every encoder will read it.
+
+    Attributes:
+        text: what was said, letter by letter.
+        parsed: how it was read.
+        spans: what is said when; steps are counted over the whole run, of which an edit runs the last ones.
+    """
+
+    text: str
+    parsed: Parsed
+    spans: tuple[LaidSpan, ...]
+
+    @property
+    def chunks(self) -> Mapping[str, PromptChunks]:
+        """Tokenizer name -> chunks of token ids of the first prompt that is said; for most texts the only one."""
+        return self.spans[0].conjuncts[0].chunks
+
+    @property
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        """Chunks of the first tokenizer."""
+        return next(iter(self.chunks.values())).ids
+
+    @property
+    def tokens(self) -> int:
+        """How many ids of the first tokenizer are words."""
+        return next(iter(self.chunks.values())).tokens
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any word has a weight."""
+        return any(chunks.weighted for span in self.spans for one in span.conjuncts for chunks in one.chunks.values())
+
+    @property
+    def composed(self) -> int:
+        """How many prompts AND joins, 1 for most."""
+        return len(self.spans[0].conjuncts)
+
+    def at(self, step: int) -> LaidSpan:
+        """What is said in a step, counted from 1; before the first and after the last as in these."""
+        return next((span for span in self.spans if step <= span.last), self.spans[-1])
+
+    def __str__(self) -> str:
+        """"5 tokens in 1 chunk(s)", or what is said when."""
+        if len(self.spans) == self.composed == 1:
+            return f"{self.tokens} tokens in {len(self.ids)} chunk(s)"
+        rows = []
+        for span in self.spans[:SHOWN]:
+            when = f"step {span.first}" if span.first == span.last else f"steps {span.first} to {span.last}"
+            rows.append(f"{when}: " + " AND ".join(map(_said, ((one.weight, next(iter(one.chunks.values()))) for one in span.conjuncts))))
+        more = len(self.spans) - SHOWN
+        return "; ".join(rows + ([f"and {more} more"] if more > 0 else []))
+
+
+def resolved(request: Request) -> Rule:
+    """The rule by which weights are read: as said, else that of the dialect's own program."""
+    return request.weighting or ("comfy" if request.dialect == "comfy" else "a1111")  # type: ignore[return-value]
+
+
+def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens], *, steps: int, guided: bool, refuse: Callable[[str], None],
+               notes: list[str]) -> tuple[PlannedText, PlannedText]:
+    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used.
+
+    Args:
+        steps: of the whole run, of which an edit runs the last ones.
+        guided: there is a second evaluation, with the negative prompt.
+        refuse: is given what cannot be honoured.
+
+    Raises:
+        RequestError: a text that is too long, or texts that do not fit to each other.
+    """
+    others = _others(request, family, tokenizers, refuse)
+
+    def read(side: str, text: str) -> PlannedText:
+        joined = side == "prompt"
+        parsed = parse(text, request.dialect, name=side, composed=joined)  # type: ignore[arg-type]
+        if len(parsed.parts) > 1 and not guided:
+            refuse(f"prompt joins {len(parsed.parts)} prompts by AND but guidance is off, and they are weighed against the negative prompt: "
+                   "raise guidance_scale (true_cfg_scale where guidance is built in), or write one prompt")
+            joined = False
+            parsed = parse(text, request.dialect, name=side, composed=False)  # type: ignore[arg-type]
+        own = _own(request, side, others, composed=joined and len(parsed.parts) > 1)
+        notes.extend(note for one in (parsed, *own.values()) for note in one.notes)
+        return PlannedText(text, parsed, laid_spans(parsed, tokenizers, steps=steps, name=side, texts=own, strict=request.strict, notes=notes))
+
+    prompt, negative = read("prompt", request.prompt), read("negative_prompt", request.negative_prompt)
+    if guided:
+        first, second = level_spans([prompt.spans, negative.spans], tokenizers)
+        prompt, negative = replace(prompt, spans=first), replace(negative, spans=second)
+    if not request.prompt.strip():
+        notes.append("the prompt is empty: the picture is unconditional")
+    if len(prompt.ids) > 1:
+        notes.append(f"the prompt has {prompt.tokens} tokens and is read in {len(prompt.ids)} chunks of {len(prompt.ids[0]) - 2}")
+    return prompt, negative
+
+
+def explain_text(request: Request, tokenizers: Mapping[str, Tokens], *, steps: int) -> Explanation:
+    """What the prompt of a request says to each encoder.
+
+    Raises:
+        RequestError: more text than any request may have, or texts that do not fit to each other.
+    """
+    parsed = parse(request.prompt, request.dialect)  # type: ignore[arg-type]
+    own = _own(request, "prompt", [name for name in tokenizers if name != next(iter(tokenizers))], composed=len(parsed.parts) > 1)
+    return explained(parsed, tokenizers, steps=steps, texts=own)
+
+
+def _others(request: Request, family: Family, tokenizers: Mapping[str, Tokens], refuse: Callable[[str], None]) -> list[str]:
+    """The tokenizers that a second or third text is for."""
+    others = [name for name in (f"tokenizer_{n}" for n in (2, 3)) if name in list(tokenizers)[1:]]  # the first reads the prompt itself
+    for n in (2, 3):
+        for field in (f"prompt_{n}", f"negative_prompt_{n}"):
+            if getattr(request, field) and f"tokenizer_{n}" not in others:
+                refuse(f"{field} is given but {family.name} here has no text encoder that would read it: leave it out")
+    if request.clip_skip > 1 and not family.clip_skip:
+        refuse(f"clip_skip is {request.clip_skip} but {family.name} reads no layer of CLIP that could be chosen: leave it out")
+    return others
+
+
+def _own(request: Request, side: str, readers: list[str], *, composed: bool) -> dict[str, Parsed]:
+    """Tokenizer name -> what it hears instead of the first text."""
+    fields = {reader: side + reader.removeprefix("tokenizer") for reader in readers}
+    return {reader: parse(text, request.dialect, name=field, composed=composed)  # type: ignore[arg-type]
+            for reader, field in fields.items() if (text := getattr(request, field, ""))}
+
+
+def _said(one: tuple[float, PromptChunks]) -> str:
+    weight, chunks = one
+    text = " ".join(chunks.text.split())
+    text = text if len(text) <= SHORT else text[:SHORT - 3] + "..."
+    return ("" if weight == 1 else f"{weight:g} ") + f"{text!r} ({chunks.tokens} tokens)"

@@ -1,0 +1,159 @@
+"""What a planned text becomes for the denoiser: encoded, weighed and chosen by level.
+
+Knows texts and conditionings; knows no family and no sampler.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latentgen.conditioning.prompt import PromptChunks, silent
+from latentgen.conditioning.weighting import Listener, Weigh, Weighing, unweighted, weights_of
+from latentgen.models.family import Conditioning, Side, Words
+from latentgen.pixels.image import to_tensor
+from latentgen.run.batch import alike, fingerprint, tensors
+
+if TYPE_CHECKING:
+    from latentgen.conditioning.tokens import Tokens
+    from latentgen.diffusion.level import Level
+    from latentgen.models.family import Family
+    from latentgen.run.memo import Memo
+    from latentgen.run.plan import Plan
+    from latentgen.run.residency import Residency
+
+SIDES: Mapping[str, tuple[Side, ...]] = {"off": ("positive",), "pair": ("positive", "negative"), "triple": ("positive", "negative", "none")}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the evaluations of a step are given.
+
+    Attributes:
+        prompts: those that AND joins, most times one, each of batch 1; `weights` of them.
+        others: then the negative prompt, and where a picture guides too, neither words nor picture.
+    """
+
+    prompts: tuple[Conditioning, ...]
+    weights: tuple[float, ...]
+    others: tuple[Conditioning, ...]
+
+    @property
+    def every(self) -> list[Conditioning]:
+        """All, in the order in which they are evaluated."""
+        return [*self.prompts, *self.others]
+
+    @cached_property
+    def together(self) -> bool:
+        """Whether they can be one batch."""
+        return alike(self.every)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is said when: the `Said` of each planned step, chosen by noise level, so that a denoiser stays a function of x and level.
+
+    A sampler that looks between two levels hears what is said at the noisier of them.
+    """
+
+    marks: tuple[float, ...]  # half log-SNR of the planned levels, rising
+    steps: tuple[Said, ...]
+
+    def at(self, level: Level) -> Said:
+        """What is said at a level."""
+        return self.steps[max(0, bisect_right(self.marks, level.half_log_snr) - 1)]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Encodes the texts of one plan; what it was told is remembered in `memo` by value."""
+
+    family: Family
+    tokenizers: Mapping[str, Tokens]
+    residency: Residency
+    memo: Memo
+    plan: Plan
+    notes: list[str]
+
+    def script(self, inputs: Callable[[Side], Mapping[str, Tensor]]) -> Script:
+        """Every text that is said in the steps that are run, encoded.
+
+        Args:
+            inputs: side -> further entries of `Conditioning.extra`.
+        """
+        plan = self.plan
+        guides = "triple" if self.family.guidance == "image" and plan.references else "pair"
+        sides = SIDES["off" if plan.batching == "off" else guides]
+        said = {side: plan.prompt if side == "positive" else plan.negative for side in sides}
+        spans = [tuple(text.at(plan.first_step + n) for text in said.values()) for n in range(plan.steps)]
+        heard = {(side, id(one)): one for row in spans for side, span in zip(sides, row, strict=True) for one in span.conjuncts}
+        worded = {key: self.encoded(one.chunks, key[0]) for key, one in heard.items()}
+        for side in sides:
+            extra = {name: tensor.to(self.residency.device) for name, tensor in inputs(side).items()}
+            worded |= {key: replace(c, extra={**c.extra, **extra}) for key, c in worded.items() if key[0] == side and extra}
+        made: dict[tuple[int, ...], Said] = {}
+        steps = []
+        for row in spans:
+            key = tuple(map(id, row))
+            if key not in made:
+                first, *others = row
+                made[key] = Said(tuple(worded["positive", id(one)] for one in first.conjuncts), tuple(one.weight for one in first.conjuncts),
+                                 tuple(worded[side, id(span.conjuncts[0])] for side, span in zip(sides[1:], others, strict=True)))
+            steps.append(made[key])
+        return Script(tuple(level.half_log_snr for level in plan.levels[:-1]), tuple(steps))
+
+    def encoded(self, chunks: Mapping[str, PromptChunks], side: Side) -> Conditioning:
+        """One text through the encoders with its weights, or from the memo; a weight that no states went through is noted."""
+        said: Side = "positive" if side == "positive" else "negative"
+        weights, rule = weights_of(chunks), self.plan.weighting
+        request = self.plan.request
+        empty = said == "negative" and not any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3))
+
+        def make() -> tuple[Conditioning, tuple[str, ...]]:
+            if not weights:
+                return self._encode(chunks, said, empty, unweighted), ()
+            weigh = Weighing(rule, weights, self._silence(chunks, said) if rule == "comfy" else {})  # type: ignore[arg-type]
+            made = self._encode(chunks, said, empty, weigh)
+            return made, tuple(reader for reader in weights if reader not in weigh.heard)
+
+        weighed = (rule, tuple((reader, laid.weights) for reader, laid in chunks.items())) if weights else None
+        made, deaf = self.memo.get((*self._key("text", chunks, said), empty, weighed), make, lambda value: tensors(value[0]))
+        for reader in deaf:
+            note = f"weights say nothing to {reader}, whose pooled vector alone is used"
+            if note not in self.notes:
+                self.notes.append(note)
+        return made
+
+    def _silence(self, chunks: Mapping[str, PromptChunks], said: Side) -> Mapping[str, Tensor]:
+        """Tokenizer name -> states of the empty prompt, which ComfyUI weighs against."""
+        none = {reader: silent(laid, self.tokenizers[reader]) for reader, laid in chunks.items()}
+
+        def make() -> dict[str, Tensor]:
+            listener = Listener()
+            self._encode(none, said, False, listener)
+            return listener.heard
+
+        return self.memo.get(self._key("silence", none, said), make, lambda heard: list(heard.values()))
+
+    def _key(self, kind: str, chunks: Mapping[str, PromptChunks], said: Side) -> tuple[object, ...]:
+        ids = tuple((reader, laid.ids) for reader, laid in chunks.items())
+        return kind, ids, said, self.plan.request.clip_skip, tuple(map(fingerprint, self._seen))
+
+    @property
+    def _seen(self) -> Sequence[object]:
+        """The pictures that the text encoder looks at."""
+        return self.plan.references if self.family.reads_pictures else ()
+
+    def _encode(self, chunks: Mapping[str, PromptChunks], said: Side, empty: bool, weigh: Weigh) -> Conditioning:
+        device = self.residency.device
+        ids = {name: torch.tensor(laid.ids, device=device) for name, laid in chunks.items()}
+        mask = {name: torch.tensor(laid.mask, device=device) for name, laid in chunks.items()}
+        words = Words(ids, mask, said, empty, self.plan.request.clip_skip, tuple(to_tensor(picture) for picture in self._seen), weigh)
+        with self.residency.use("text") as modules, torch.no_grad():
+            return self.family.encode(modules, words)
