@@ -266,6 +266,10 @@ def test_the_memo_keeps_no_picture(tiny_folder):
 def test_the_plan_counts_evaluations_exactly(pipe, sampler, options):
     own, seen = counted(pipe)
     options = {"steps": 5, "seed": 0, "sampler": sampler} | options
+    if sampler == "restart" and options["steps"] == 1:
+        with pytest.raises(RequestError, match="use more steps"):
+            own.plan("a cat", **options)
+        return
     run = own.stream("a cat", **options)
     assert run.result
     assert sum(seen) == run.plan.evaluations * len(run.result)
@@ -397,3 +401,20 @@ def test_what_float32_cannot_cure_is_an_error(tiny_folder, tmp_path):
         with pytest.raises(NotFiniteError, match=what) as raised:
             own.img2img("a cat", picture(), steps=2, seed=0)
         assert "dtype='float32'" not in str(raised.value)
+
+
+# Options of a sampler
+
+
+def test_sampler_options_reach_the_sampler_and_the_recipe(pipe):
+    plain = pipe.txt2img("a cat", seed=0, steps=4, sampler="euler")
+    churned = pipe.txt2img("a cat", seed=0, steps=4, sampler="euler", sampler_options={"s_churn": 2.0})
+    assert churned.image.tobytes() != plain.image.tobytes() and churned.recipe["sampler_options"] == {"s_churn": 2.0}
+    assert pipe.txt2img("a cat", seed=0, steps=4, sampler="ddim", sampler_options={"eta": 1.0}).image.tobytes() == pipe.txt2img(
+        "a cat", seed=0, steps=4, sampler="ddim", eta=1.0).image.tobytes()
+
+
+@pytest.mark.parametrize("options, words", [({"s_chrn": 1}, "it takes s_churn"), ({"s_churn": "x"}, "s_churn is 'x'"), ({"s_churn": -1}, "s_churn is -1"), ([1], "sampler_options is")])
+def test_sampler_options_that_are_not_taken(pipe, options, words):
+    with pytest.raises(RequestError, match=words):
+        pipe.plan("a cat", sampler="euler", sampler_options=options)

@@ -130,7 +130,20 @@ def _check_order(prompt: str, image: Path) -> None:
 
 
 def _given(said: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in said.items() if value is not None and value != []}
+    given = {name: value for name, value in said.items() if value is not None and value != []}
+    if "sampler_options" in given:
+        given["sampler_options"] = dict(_sampler_option(text) for text in given["sampler_options"])
+    return given
+
+
+def _sampler_option(text: str) -> tuple[str, float | int | str]:
+    name, _, value = text.partition("=")
+    if not (name.isidentifier() and value):
+        raise RequestError(f"--sampler-option is {text!r}: expected NAME=VALUE, as s_churn=10")
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(value)
+    return name, value
 
 
 def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> int:

@@ -9,7 +9,6 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentgen.diffusion.level import Level
+from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.diffusion.sample import sampler as find_sampler
+from latentgen.diffusion.schedule import UNSHIFTED
 from latentgen.diffusion.schedule import spacing as make_spacing
 from latentgen.errors import ImageError, RequestError
 from latentgen.models.family import Family
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 OPTIONS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size", "aesthetic_score",
            "negative_aesthetic_score")
-RAMPS = ("karras", "exponential")  # spacings that a shift does not reach
 SIDES = {"cfg": 2, "image": 3}  # how often a guided evaluation sees a picture
 MAX_AREA = 4096 * 4096
 TILE_ABOVE = 1024 * 1024  # pixels of a picture from which the autoencoder works in tiles
@@ -83,7 +83,7 @@ class Plan:
     levels: tuple[Level, ...]
     sampler: str
     spacing: str
-    options: Mapping[str, float]
+    options: Mapping[str, float | str]
     guidance_scale: float
     cfg_scale: float
     image_guidance_scale: float
@@ -116,7 +116,7 @@ class Plan:
         guidance = f"{self.guidance_scale:g} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
         rows = {
             "model": self.model, "task": self.task, "size": size, "seeds": ", ".join(map(str, self.seeds)),
-            "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v:g}" for k, v in self.options.items()),
+            "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v}" for k, v in self.options.items()),
             "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
             "compute": f"{self.dtype} on {self.device}, {self.residency}, {self.evaluations} network evaluations a picture",
@@ -166,8 +166,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         notes.append("the mask is all black: the picture comes back as it was")
     low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
     rescale = defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
-    per_step = find_sampler(request.sampler or defaults.sampler).evaluations_per_step
-    asked = [level for pair in pairwise(levels) for level in pair[:per_step] if level.sigma > 0]
+    asked = levels_asked(request.sampler or defaults.sampler, levels, options)
     sides = SIDES["image"] if family.guidance == "image" and references else SIDES["cfg"]
     several = prompt.composed > 1  # which is composed outside the interval, too
     sides += prompt.composed - 1
@@ -229,16 +228,18 @@ def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Cal
     defaults, task = family.defaults, request.task
     steps, spacing = request.steps or defaults.steps, request.spacing or defaults.spacing
     info = find_sampler(request.sampler or defaults.sampler)
-    options: dict[str, float] = {}
-    if request.eta is not None:
-        if "eta" in info.options:
-            options["eta"] = request.eta
+    options: dict[str, float | str] = {}
+    for option, value in {**({} if request.eta is None else {"eta": request.eta}), **(request.sampler_options or {})}.items():
+        if option in info.options:
+            info.options[option].check(option, value)
+            options[option] = value
         else:
-            refuse(f"eta is given but the sampler {request.sampler or defaults.sampler!r} has no eta: use sampler='ddim' or leave eta out")
+            takes = f"it takes {', '.join(info.options)}" if info.options else "it takes none"
+            refuse(f"{option} is given but the sampler {request.sampler or defaults.sampler!r} has no {option} ({takes}): leave it out, or use another sampler")
     if request.shift is not None and request.shift != 1 and family.prediction != "flow":
         refuse(f"shift is {request.shift:g} but {family.name} does not run on a rectified flow: leave shift out")
     shift = defaults.shift if family.shift is None else family.shift(*size, steps)
-    shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in RAMPS else shift
+    shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in UNSHIFTED else shift
     levels = full = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0,
                                 terminal=family.terminal)
     strength = 1.0

@@ -22,6 +22,7 @@ EXPECTED = {
     "true_cfg_scale": "a number from 1 (off) to 100", "image_guidance_scale": "a number from 0 to 100", "clip_skip": "a whole number from 1 (off) to 12",
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
+    "sampler_options": "names with numbers or words, as {'s_churn': 10}",
     "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
     "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
@@ -55,7 +56,8 @@ class Request(BaseModel):
         steps: how many levels the denoiser visits.
         guidance_scale: classifier-free guidance; 1 is off (Ho and Salimans 2022).
         guidance_rescale: 0 to 1 (Lin et al. 2023). guidance_interval: part of the path, 0 clean to 1 noise (Kynkaanniemi et al. 2024).
-        eta: noise of the DDIM sampler, 0 to 1. shift: shift of the levels (1 is none).
+        sampler_options: what the sampler takes beside (`latentgen samplers NAME` lists it), as {"s_churn": 10}.
+        eta: noise of the DDIM sampler and the ancestral ones, 0 to 1. shift: shift of the levels (1 is none).
         seed: picture i of a batch uses seed + i; None draws one and reports it.
         image, mask: PIL picture, path, bytes, array or tensor; white in the mask is repainted.
         strength: share of the steps that an edit runs, above 0 to 1.
@@ -91,6 +93,7 @@ class Request(BaseModel):
     guidance_interval: tuple[float, float] | None = None
     sampler: str | None = Field(None, min_length=1)
     spacing: str | None = Field(None, min_length=1)
+    sampler_options: dict[str, float | int | str] | None = None
     eta: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     shift: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
