@@ -188,7 +188,7 @@ def test_plain_text_comes_back(anything: str, words: str) -> None:
 
 @pytest.mark.parametrize("piece", ["(", "[", ")", "]", "([", "[:]", "[a|", ":1", "(:1", "\\", " BREAK", "[a:b:3]", "[|", "a", " ", ":", "1"])
 def test_a_megabyte_is_read_in_linear_time(piece: str) -> None:
-    """Ten times the text takes at most some thirty times as long (a quadratic reading takes a hundred), and deep nesting does not recurse."""
+    """A guard, not a timing: thirty times the text in far less than the nine hundred times as long of a quadratic reading; and deep nesting does not recurse."""
     def seconds(size: int, close: str = "") -> float:
         text = piece * (size // 2 // len(piece)) + (close or piece) * (size // 2 // len(piece))
         began = time.process_time()
@@ -196,7 +196,7 @@ def test_a_megabyte_is_read_in_linear_time(piece: str) -> None:
         return time.process_time() - began
 
     for close in ("", "]", ")"):
-        assert seconds(300_000, close) < max(30 * seconds(30_000, close), 0.3)
+        assert seconds(600_000, close) < max(300 * seconds(20_000, close), 3.0)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**6, "(" * 5 * 10**5 + ")" * 5 * 10**5, "])" * 5 * 10**5], ids=["open", "nested", "closed"])
