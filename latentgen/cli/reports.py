@@ -71,13 +71,14 @@ def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, 
 
 def _details(name: str) -> dict[str, Any]:
     """All about one model; of one that is on the hub, its card alone: this command fetches nothing."""
-    from latentgen.models.card import cards
+    from latentgen.models.card import cards, published
     from latentgen.models.checkpoint import describe, open_checkpoint
 
     card = cards().get(name)
     if card is not None and card.repo:
+        defaults = published(card.variant)["defaults"] | card.defaults if card.variant else card.defaults
         return {"name": card.name, "family": card.family, "variant": card.variant, "summary": card.summary, "licence": card.licence, "repo": card.repo,
-                "defaults": card.defaults}
+                "defaults": defaults}
     return describe(open_checkpoint(name))
 
 

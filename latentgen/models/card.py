@@ -83,6 +83,8 @@ def find_card(source: str | Path) -> Card:
     known = cards()
     if str(source) in known:
         return known[str(source)]
+    if path.suffix.lower() in (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".bin"):
+        raise ModelError(f"there is no file {path.name!r} there: check its folder and its name")
     near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ModelError(f"there is no model {str(source)!r}: {hint}expected a folder, a .safetensors file, a hub name (org/name) or one of {', '.join(sorted(known))}")

@@ -268,7 +268,7 @@ def folder_variant(own: str, found: Identified | None, index: Mapping[str, Any],
     Several of one pipeline are told apart by the scheduler: the one of which it says most.
     """
     if own or found is None:
-        return own, () if own else ("its denoiser has the size of no published variant",)
+        return own, () if own else ("a model of a size of its own, no published variant: its own configs hold",)
     named = [v for v in twins(found) if configs(v).get("model_index", {}).get("_class_name") == index.get("_class_name")]
     return max(named, key=lambda v: sum(scheduler.get(k) == x for k, x in configs(v)["scheduler"].items()), default=found.variant), ()
 

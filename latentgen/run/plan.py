@@ -274,7 +274,7 @@ def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple
 
 def _size(request: Request, family: Family, references: tuple[Image.Image, ...]) -> tuple[Source | None, int, int, tuple[int, int]]:
     """The source picture at its planned size, that size, and the size of the finished picture."""
-    spec, defaults = family.latent, family.defaults
+    spec = family.latent
     if request.task in ("txt2img", "edit"):
         width, height = _own_size(family, references)
         if request.latents is not None:
