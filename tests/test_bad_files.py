@@ -181,6 +181,40 @@ def test_a_pickle_of_tensors_is_read_when_asked_for(broken, tiny_folder):
     assert made.image.tobytes() == same.image.tobytes()
 
 
+def test_a_config_does_not_choose_how_a_network_runs(broken):
+    for key in ("_attn_implementation", "attn_implementation"):
+        configured("text_encoder", **{key: "someone/kernel"})(broken)
+    own = load(broken)
+    own.txt2img("a cat", **ONE)
+    with own.residency.use("text") as modules:
+        assert modules["text_encoder"].config._attn_implementation == "sdpa"
+
+
+def test_whole_numbers_are_no_weights(broken):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(only(broken, "unet"))
+    save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"].to(torch.int8)}, only(broken, "unet"))
+    refused(lambda: load(broken).txt2img("a cat", **ONE), "'conv_in.bias' of broken/unet is stored as torch.int8", kind=ModelError)
+
+
+@each("name", ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"])
+def test_shards_of_a_half_precision_variant(broken, tiny_folder, name):
+    (only(broken, "text_encoder")).rename(broken / "text_encoder" / "model.fp16-00001-of-00001.safetensors")
+    (broken / "text_encoder" / name).write_text(json.dumps({"weight_map": {"x": "model.fp16-00001-of-00001.safetensors"}}))
+    made, same = (load(folder).txt2img("a cat", **ONE).image.tobytes() for folder in (broken, tiny_folder))
+    assert made == same
+
+
+@each("index", [{"unet": None}, {"unet": []}, {"unet": 3}])
+def test_an_odd_index_is_no_crash(broken, index):
+    (broken / "model_index.json").write_text(json.dumps(index))
+    if index["unet"] is None:
+        refused(lambda: load(broken), "broken has no unet", kind=ModelError)
+    else:
+        assert load(broken)
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("touch evil",))

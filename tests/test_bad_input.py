@@ -159,7 +159,8 @@ def test_the_last_seeds(pipe):
 
 CONTRADICTIONS = [
     ({"negative_prompt": "dog", "guidance_scale": 1.0}, "negative_prompt is given but guidance_scale is 1"),
-    ({"eta": 0.5}, "sampler 'dpmpp_2m' has no eta"),
+    ({"eta": 0.5}, "sampler 'dpmpp_2m' has no eta"), ({"fit": "resize"}, "fit is given but this is txt2img"),
+    ({"eta": 0.5, "sampler": "ddim", "sampler_options": {"eta": 0.0}}, "eta is given twice"),
     ({"eta": 0.5, "sampler": "euler"}, "sampler 'euler' has no eta"), ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_scale is 1"),
     ({"guidance_interval": (0.2, 0.8), "guidance_scale": 1}, "guidance_scale is 1"), ({"shift": 3.0}, "rectified flow"),
     ({"strength": 0.5}, "txt2img has nothing to keep"),
@@ -345,3 +346,11 @@ def test_the_callers_own_objects_stay_as_they_are(pipe):
 def test_after_all_that_the_next_call_works(untouched, pipe):
     assert untouched.residency.resident_bytes() == 0  # every refusal above came before weights
     assert untouched.txt2img("a cat", seed=1, steps=2).image.tobytes() == pipe.txt2img("a cat", seed=1, steps=2).image.tobytes()
+
+
+def test_a_reference_without_a_picture(pipe):
+    refused(lambda: pipe.plan("a cat", reference=[]), "reference holds no picture")
+
+
+def test_words_given_twice(pipe):
+    refused(lambda: pipe.plan("a cat", prompt="a dog"), "prompt is given twice")

@@ -37,10 +37,10 @@ BIG = 2**20
 
 
 @each("part, changes, words", [
-    ("unet", {"block_out_channels": [BIG + 1, 32]}, "sets block_out_channels to 1.04858e+06: expected at most 1,048,576"),
+    ("unet", {"block_out_channels": [BIG + 1, 32]}, "sets block_out_channels to 1048577: expected at most 1,048,576"),
     ("unet", {"block_out_channels": [BIG, BIG]}, "broken/unet"), ("unet", {"in_channels": BIG}, "(16, 1048576, 3, 3) is expected"),
     ("unet", {"out_channels": BIG}, "broken/unet"),
-    ("unet", {"cross_attention_dim": BIG}, "broken/unet"), ("unet", {"cross_attention_dim": 10**30}, "sets cross_attention_dim to 1e+30"),
+    ("unet", {"cross_attention_dim": BIG}, "broken/unet"), ("unet", {"cross_attention_dim": 10**30}, "sets cross_attention_dim to 1000000"),
     ("unet", {"block_out_channels": [-16, 32]}, "sets block_out_channels to -16"), ("unet", {"in_channels": -4}, "sets in_channels to -4"),
     ("unet", {"attention_head_dim": 0}, "does not fit UNet2DConditionModel"), ("unet", {"norm_num_groups": 0}, "does not fit"),
     ("unet", {"layers_per_block": BIG}, "sets layers_per_block"), ("unet", {"layers_per_block": 100}, "broken/unet"),

@@ -110,6 +110,8 @@ def read_card(path: Path) -> Card:
             raise ModelError(f"the card {path.parent.name}/{path.name} sets {key} to {raw[key]!r:.60}: expected {kind.__name__}")
     if not all(isinstance(row, list) and len(row) == 3 and all(isinstance(v, (int, float)) for v in row) for row in raw.get("preview", ())):
         raise ModelError(f"the card {path.parent.name}/{path.name} has a preview that is not rows of 3 numbers: one per latent channel and a constant")
+    if "\x00" in raw.get("folder", ""):
+        raise ModelError(f"the card {path.parent.name}/{path.name} names a folder with a NUL character: correct it")
     folder = (path.parent / raw.pop("folder", ".")).resolve()
     if not folder.is_relative_to(path.parent.resolve()):
         raise ModelError(f"the card {path.parent.name}/{path.name} points outside its own folder: move the parts under it")

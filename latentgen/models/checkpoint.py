@@ -120,7 +120,7 @@ class _Found:
 
 def _locate(source: str | Path | None, report: Callable[[int, int, str], object] | None) -> tuple[Card | None, Path]:
     """The card, if the source has one, and the folder or file."""
-    if not isinstance(source, (str, Path)) or not str(source).strip() or "\x00" in str(source):
+    if not isinstance(source, (str, Path)) or not str(source).strip() or "\x00" in str(source) or len(Path(source).name) > 255:
         raise ModelError(f"the model is {source!r:.60}: expected a name that `latentgen models` lists, a folder, a file, a hub name, "
                          "or denoiser=PATH")
     path = Path(source)
@@ -154,7 +154,8 @@ def _from_folder(folder: Path, card: Card | None, allow_pickle: bool) -> _Found:
     family, variant = (card.family, card.variant) if card else _family_of_folder(folder, index, allow_pickle)
     parts = family_file(family).PARTS
     root = _root(folder)
-    here = [p for p in parts if (folder / p.name).is_dir() and index.get(p.name, [1, 1])[0] is not None]
+    absent = {name for name, said in index.items() if said is None or (isinstance(said, (list, tuple)) and said and said[0] is None)}
+    here = [p for p in parts if (folder / p.name).is_dir() and p.name not in absent]
     configs: dict[str, Config] = {p.name: part_config(folder / p.name) for p in here}
     for name, config in configs.items():
         check_config(config, f"{folder.name}/{name}")
@@ -202,6 +203,8 @@ def _from_file(path: Path, card: Card | None, config: str | Path | None, allow_p
         if found is not None and found.family != whole.family:
             raise ModelError(f"{path.name} is {found.variant} by its tensors but config= names {given.name}, which is of the family {whole.family}: "
                              "leave config= out")
+        if card is not None and card.family != whole.family:
+            raise ModelError(f"config= names {given.name}, which is of the family {whole.family}, but the card {card.name!r} is of {card.family}: leave one of them out")
         family, variant, configs, tokenizers = whole.family, whole.variant, whole.configs, whole.tokenizers
     else:
         assert found is not None
@@ -330,7 +333,8 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pic
     for name, tokens in tokenizers.items():
         encoder = name.replace("tokenizer", "text_encoder")
         config = configs.get(encoder, {})
-        words = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+        nested = config.get("text_config")
+        words = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, Mapping) else None)
         if isinstance(words, int) and tokens.size > words:
             raise ModelError(f"the {name} of {found.label} has {tokens.size:,} tokens but {encoder} knows {words:,}: give the tokenizer that belongs to it")
     return Checkpoint(card, family, found.variant, sources, tokenizers, found.notes)

@@ -18,6 +18,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from latentgen.conditioning.prompt import shown
 from latentgen.errors import ModelError
 from latentgen.models.family import Config, Part
 from latentgen.models.header import Header, read_header
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
 MAX_NUMBER, MAX_ITEMS, MAX_LAYERS = 2**20, 4096, 512  # of a config: no published checkpoint comes near
 WHOLE = 256 * 2**20  # files up to this size are hashed in full, larger ones by samples
+OURS = ("attn_implementation", "experts_implementation", "return_dict", "output_attentions", "output_hidden_states")  # how a network runs is not its config's to say
 ALIGNED = 64  # bytes, as torch allocates
 NAMES = ("diffusion_pytorch_model", "model")
 GENERAL = "Transformer2DModel"  # what configs call a class that got a name of its own only after they were published
@@ -93,7 +95,8 @@ def empty_module(source: Source, part: Part, *, shapes_only: bool = False) -> nn
     def made() -> nn.Module:
         if library == "diffusers":
             return cls.from_config(_init_arguments(cls, source.config))
-        return cls(cls.config_class(**source.config, attn_implementation="sdpa"))
+        said = {k: v for k, v in source.config.items() if not k.startswith("_") and k not in OURS}
+        return cls(cls.config_class(**said, attn_implementation="sdpa"))
 
     try:
         with torch.device("meta"):
@@ -157,14 +160,18 @@ def load_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
     stored = _read(source, dtype)
     tensors = _own_names(dequantised(stored, dtype), source, part, module)
     _compare(tensors, module, source.label)
-    ready = {}
+    ready, floating = {}, {name for name, t in module.state_dict().items() if t.is_floating_point()}
     for name in list(tensors):
         tensor = tensors.pop(name)
+        if name in floating and not tensor.is_floating_point():
+            raise ModelError(f"the tensor {name!r} of {source.label} is stored as {tensor.dtype}: expected floating-point numbers, so get the file in another precision")
         ready[name] = _ready(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
         if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
-            stored.release(tensor)  # or the file would stand in memory beside its copy
+            stored.release(tensor)  # or what was copied as it stands in the file would be in memory twice
     _check_finite(ready, source.label)
     module.load_state_dict(ready, strict=True, assign=True)
+    if isinstance(getattr(module, "_tied_weights_keys", None), Mapping):
+        module.tie_weights()  # one parameter again, so that moving it does not make two
     lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     if lost:
         raise ModelError(f"the buffer {lost[0]!r} of {source.label} is in no file: the checkpoint is incomplete")
@@ -174,9 +181,8 @@ def load_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
 def _read(source: Source, dtype: torch.dtype) -> Mapping[str, Tensor]:
     from latentgen.models.convert import LazyTensors, gguf_tensors
 
-    source.headers()  # checked before any tensor is read
     first = source.files[0]
-    if first.suffix == ".gguf":
+    if source.headers()[0].format == "gguf":
         return gguf_tensors(first, dtype)
     return pickle_tensors(first) if is_pickle(first) else LazyTensors(*source.files)
 
@@ -259,12 +265,13 @@ def check_config(config: Config, label: str) -> None:
         ModelError: a scaling factor that is no number, a whole number below -1 or above 2**20, more than 512 layers, or a list of more than 4,096.
     """
     for name in ("scaling_factor", "shift_factor"):
-        if not isinstance(config.get(name) or 0.0, (int, float)):
-            raise ModelError(f"the config of {label} sets {name} to {config[name]!r:.60}: expected a number")
+        value = config.get(name) or 0.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e6:
+            raise ModelError(f"the config of {label} sets {name} to {shown(value)}: expected a number")
     for name, value in _numbers(config):
         limit = MAX_LAYERS if "layers" in name or "blocks" in name else MAX_NUMBER
         if not -1 <= value <= limit:
-            raise ModelError(f"the config of {label} sets {name} to {value:g}: expected at most {limit:,}, so it is damaged or not of a real checkpoint")
+            raise ModelError(f"the config of {label} sets {name} to {shown(value)}: expected at most {limit:,}, so it is damaged or not of a real checkpoint")
 
 
 def _numbers(value: Any, name: str = "it") -> Iterator[tuple[str, float]]:
@@ -303,12 +310,13 @@ def weights_files(place: Path, *, root: Path | None = None, allow_pickle: bool =
         ModelError: none there, a pickle in its place, an absent shard, or one outside the folder.
     """
     root = (root or place).resolve()
-    for name in [f"{n}{v}" for v in ("", ".fp16", ".bf16") for n in NAMES]:
-        one, index = place / f"{name}.safetensors", place / f"{name}.safetensors.index.json"
+    for variant, name in [(v, n) for v in ("", ".fp16", ".bf16") for n in NAMES]:
+        one = place / f"{name}{variant}.safetensors"
         if one.is_file():
             return (_inside(one, root),)
-        if index.is_file():
-            return _shards(index, root)
+        for index in (f"{name}.safetensors.index{variant}.json", f"{name}{variant}.safetensors.index.json"):  # both spellings are written
+            if (place / index).is_file():
+                return _shards(place / index, root)
     where = f"{place.parent.name}/{place.name}"
     pickles = [p for p in sorted(place.glob("*")) if is_pickle(p)]
     if pickles and not allow_pickle:
@@ -325,7 +333,7 @@ def _shards(index: Path, root: Path) -> tuple[Path, ...]:
         paths = [index.parent / name for name in names]
         if not names:
             raise LookupError("an empty weight_map")
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{where} cannot be read ({type(error).__name__}): expected a weight_map of shards, so get it again") from error
     for name, path in zip(names, paths, strict=True):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -360,9 +368,16 @@ def _digest(path: str, size: int, changed: int) -> str:
 
 
 def digest(files: tuple[Path, ...]) -> str:
-    """One short hash over weight files (sha256, 16 hex digits), computed once per file version."""
+    """One short hash over weight files (sha256, 16 hex digits), computed once per file version.
+
+    Raises:
+        ModelError: a file is gone or cannot be read.
+    """
     whole = hashlib.sha256()
     for path in files:
-        stat = path.stat()
-        whole.update(_digest(str(path), stat.st_size, stat.st_mtime_ns).encode())
+        try:
+            stat = path.stat()
+            whole.update(_digest(str(path), stat.st_size, stat.st_mtime_ns).encode())
+        except OSError as error:
+            raise ModelError(f"{path.parent.name}/{path.name} cannot be read any more ({type(error).__name__}): put it back, or load the model again") from None
     return whole.hexdigest()[:16]

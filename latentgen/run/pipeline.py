@@ -212,8 +212,6 @@ class Pipeline:
         """x at the first level: the source with noise, another run's latents, or noise alone (also where an inpainting keeps nothing of the old)."""
         first = plan.levels[0]
         if plan.request.latents is not None:
-            if plan.request.latents.shape != eps.shape:
-                raise RequestError(f"latents have shape {tuple(plan.request.latents.shape)}: expected {tuple(eps.shape)}")
             return plan.request.latents.to(eps)
         if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and plan.strength < 1)):
             return noised(z0.expand_as(eps), eps, first)
@@ -379,6 +377,8 @@ def _as_request(request: Request | str, options: dict[str, Any]) -> Request:
         return request.replace(**options) if options else request
     if "on_step" in options:
         raise RequestError("'on_step' belongs to txt2img, img2img, inpaint and outpaint: with `stream`, loop over the steps instead")
+    if "prompt" in options:
+        raise RequestError("prompt is given twice: pass the words once")
     return Request(prompt=request, **options)
 
 

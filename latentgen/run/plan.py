@@ -185,6 +185,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
 def _references(request: Request, family: Family) -> tuple[Image.Image, ...]:
     """The pictures given as `reference`, opened."""
     given = request.references
+    if request.reference is not None and not given:
+        raise RequestError("reference holds no picture: pass one, or leave it out")
     if given and not family.references:
         raise RequestError(f"reference is given but {family.name} does not look at pictures: use image= to redraw one, or a model for editing by instruction")
     if len(given) > family.references:
@@ -208,16 +210,17 @@ def _guidance(request: Request, family: Family, refuse: Callable[[str], None]) -
             if said:
                 refuse(f"guidance_scale is {scale:g} but {family.name} here has no guidance to scale: leave it out")
             scale = 1.0
-    if cfg == 1 and any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)):
+    off_too = cfg == 1 and family.guidance != "image"  # where a picture guides, the negative words count at 1, too
+    if off_too and any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)):
         refuse(f"negative_prompt is given but {off}, or leave the negative prompt out")
-    if cfg == 1 and family.guidance != "image" and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
+    if off_too and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
         refuse(f"guidance_rescale or guidance_interval is given but {off}, or leave them out")
     if request.image_guidance_scale is not None and family.guidance != "image":
         refuse(f"image_guidance_scale is given but {family.name} here weighs no picture against the words: leave it out")
     for name in OPTIONS:
         if getattr(request, name) is not None and name not in family.options:
             refuse(f"{name} is given but {family.name} here is not told it: leave it out")
-        elif getattr(request, name) is not None and name.startswith("negative_") and cfg == 1:
+        elif getattr(request, name) is not None and name.startswith("negative_") and off_too:
             refuse(f"{name} is given but {off}, or leave it out")
     return scale, cfg
 
@@ -229,6 +232,8 @@ def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Cal
     steps, spacing = request.steps or defaults.steps, request.spacing or defaults.spacing
     info = find_sampler(request.sampler or defaults.sampler)
     options: dict[str, float | str] = {}
+    if request.eta is not None and "eta" in (request.sampler_options or {}):
+        refuse("eta is given twice, once in sampler_options: leave one of them out")
     for option, value in {**({} if request.eta is None else {"eta": request.eta}), **(request.sampler_options or {})}.items():
         if option in info.options:
             info.options[option].check(option, value)
@@ -251,6 +256,8 @@ def _levels(request: Request, family: Family, size: tuple[int, int], refuse: Cal
         levels = levels[-(max(1, int(share + 1e-9)) + 1):]
     elif request.strength is not None:
         refuse(f"strength is given but {task} has nothing to keep by strength: leave it out")
+    if request.fit and task not in ("img2img", "inpaint"):
+        refuse(f"fit is given but this is {task}, which has no picture or mask to resize: leave it out")
     if request.feather and task != "outpaint":
         refuse(f"feather is given but this is {task}: it softens the rim of an outpainted area")
     return full, _share(request, family, levels), strength, options
@@ -280,6 +287,9 @@ def _size(request: Request, family: Family, references: tuple[Image.Image, ...])
         if request.latents is not None:
             width, height = (side * spec.factor for side in (request.latents.shape[3], request.latents.shape[2]))
         width, height = request.width or width, request.height or height
+        if request.latents is not None and tuple(request.latents.shape[1:]) != spec.shape(width, height):
+            raise RequestError(f"latents have shape {tuple(request.latents.shape)}: expected (batch, {', '.join(map(str, spec.shape(width, height)))}) "
+                               f"for {width}x{height} pixels of this model")
         spec.shape(width, height)
         _check_area(width, height)
         return None, width, height, (width, height)

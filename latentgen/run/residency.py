@@ -43,6 +43,7 @@ class Residency:
         with self._lock:
             if not self._checked:
                 self.checkpoint.check()
+                self.checkpoint.digest  # noqa: B018 - now, so that the recipe names these weights and a finished picture cannot be lost to a file that went
                 self._checked = True
 
     @contextmanager
