@@ -141,7 +141,7 @@ def test_shards_that_are_not_whole(refused: Any, full: Path, break_: Callable[[P
 INSIDE = "expected a .safetensors file in the same folder"
 
 
-OUTSIDE = ("../outside.safetensors", "/etc/passwd", "/tmp/x.safetensors", "sub/x.safetensors", "x.bin", "..", "")
+OUTSIDE = ("../outside.safetensors", "/etc/passwd", "/elsewhere/x.safetensors", "sub/x.safetensors", "x.bin", "..", "")
 
 
 @each("name, words", [*((name, INSIDE) for name in OUTSIDE), ("x\x00.safetensors", "names the shard")])
