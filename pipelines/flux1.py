@@ -6,10 +6,8 @@ picture) and Kontext (the tokens of a reference picture stand behind the latent'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +18,12 @@ from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Defaults, Family, Model, Modules, Original, Part, Scene, Side, Signature, Words
 from latentgen.pixels.image import fit_to, to_images, to_tensor
 from latentgen.pixels.latent import LatentSpec
+from latentgen.pipelines._flow import DYNAMIC, dynamic_shift, packed, unpacked
 
 KONTEXT_SIZES = (  # (width, height) of about a megapixel that Kontext was trained on
     (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104), (1024, 1024),
     (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672))
 VAE = {"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "scaling_factor": 0.3611, "shift_factor": 0.1159}
-SCHEDULER = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15, "shift": 1.0, "use_dynamic_shifting": False}
 
 _GUIDED = {"guidance_in.in_layer.weight": (3072, 256)}
 _GUIDED_DIFFUSERS = {"time_text_embed.guidance_embedder.linear_1.weight": (3072, 256)}
@@ -93,16 +91,6 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
     return unpacked(out[:, :x.shape[2] * x.shape[3] // 4].float(), *x.shape[2:])
 
 
-def packed(x: Tensor) -> Tensor:
-    """(B, c, h, w) -> tokens (B, h/2 * w/2, 4c): each 2x2 patch is one token."""
-    return torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-
-
-def unpacked(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Tokens (B, h/2 * w/2, 4c) -> (B, c, h, w)."""
-    return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2)), 2)
-
-
 def positions(x: Tensor, picture: int) -> Tensor:
     """Places of the tokens of latents (B, c, h, w): (h/2 * w/2, 3) of (which picture, row, column), float32 (bfloat16 counts to 256 only)."""
     h, w = x.shape[2] // 2, x.shape[3] // 2
@@ -138,14 +126,6 @@ def kontext_sized(picture: Tensor) -> Tensor:
     return to_tensor(fit_to(to_images(picture)[0], *size, how="resize"))
 
 
-def dynamic_shift(width: int, height: int, steps: int, *, patch: int, scheduler: Mapping[str, Any]) -> float:
-    """Shift of the levels of a picture: exp(mu), with mu linear in the number of its tokens."""
-    span = scheduler["max_image_seq_len"] - scheduler["base_image_seq_len"]
-    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / span
-    mu = scheduler["base_shift"] + slope * ((width // patch) * (height // patch) - scheduler["base_image_seq_len"])
-    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
-
-
 def build(model: Model) -> Family:
     """The family of one checkpoint: which of the four kinds, by its configs.
 
@@ -166,7 +146,7 @@ def build(model: Model) -> Family:
                              "one that belongs to it")
     fill = channels == wide
     kontext = not fill and (model.variant == "flux1-kontext" or model.config("model_index").get("_class_name") == "FluxKontextPipeline")
-    scheduler = SCHEDULER | (model.config("scheduler") or {"use_dynamic_shifting": guided})
+    scheduler = DYNAMIC | (model.config("scheduler") or {"use_dynamic_shifting": guided})
     dynamic = bool(scheduler["use_dynamic_shifting"])
     steps, scale = (50, 30.0) if fill else (28, 2.5) if kontext else (50, 3.5) if guided else (4, 1.0)
     return Family(

@@ -18,7 +18,7 @@ from tiny import tiny_clip, tiny_vae
 from torch import Tensor
 
 from latentgen.errors import ModelError
-from latentgen.models.convert import LazyTensors, as_module_names, dequantised, find_prefix, part_tensors, unused_names
+from latentgen.models.convert import SURPLUS, LazyTensors, as_module_names, dequantised, find_prefix, part_tensors
 from latentgen.models.family import Original, Part
 
 HEADERS = Path(__file__).parent / "headers"
@@ -26,6 +26,13 @@ CLIP = "embeddings.token_embedding.weight"
 PROJECTED = "transformers.CLIPTextModelWithProjection"
 OPEN_CLIP = ("convert_open_clip_checkpoint", "transformer.resblocks.0.ln_1.weight")
 DENOISER = ("model.diffusion_model.", "")
+
+
+def unused_names(names, parts):
+    """Names in a file that no part of these takes: averages of training, schedules, losses."""
+    prefixes = tuple(p for part in parts if part.original and (p := find_prefix(names, part.original)) is not None)
+    taken = [(name, next((p for p in prefixes if name.startswith(p)), None)) for name in names]
+    return tuple(name for name, prefix in taken if prefix is None or SURPLUS.search(name.removeprefix(prefix)))
 
 
 def part(name: str, cls: str, prefixes: tuple[str, ...], convert: str = "", unique: str = "") -> Part:

@@ -110,14 +110,6 @@ def find_prefix(names: Collection[str], original: Original) -> str | None:
     return None
 
 
-def unused_names(names: Collection[str], parts: Collection[Part]) -> tuple[str, ...]:
-    """Names in a file that no part of these takes: averages of training, schedules, losses."""
-    found = [find_prefix(names, part.original) for part in parts if part.original]
-    prefixes = tuple(prefix for prefix in found if prefix is not None)
-    taken = [next((p for p in prefixes if name.startswith(p)), None) for name in names]
-    return tuple(name for name, prefix in zip(names, taken, strict=True) if prefix is None or SURPLUS.search(name.removeprefix(prefix)))
-
-
 def part_tensors(tensors: Mapping[str, Tensor], part: Part, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The part's tensors out of an original single file, under the module's own names; only they are looked up.
 
