@@ -82,11 +82,11 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
     places = positions(x, 0)
     if "reference" in extra:
         tokens = torch.cat([tokens, packed(extra["reference"].to(x))], dim=1)
-        places = torch.cat([places, positions(extra["reference"], 1)])
+        places = torch.cat([places, positions(extra["reference"], 1).to(places)])
     words, pooled = conditioning.tokens.to(net.dtype), conditioning.pooled.to(net.dtype)
     guidance = extra["guidance"].to(x.device) if "guidance" in extra else None
     time = torch.full((len(x),), level.time / 1000, device=x.device)
-    out = net(tokens.to(net.dtype), words, pooled, time, img_ids=places.to(x.device), txt_ids=torch.zeros(words.shape[1], 3, device=x.device),
+    out = net(tokens.to(net.dtype), words, pooled, time, img_ids=places, txt_ids=torch.zeros(words.shape[1], 3, device=x.device),
               guidance=guidance, return_dict=False)[0]
     return unpacked(out[:, :x.shape[2] * x.shape[3] // 4].float(), *x.shape[2:])
 
@@ -94,7 +94,8 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
 def positions(x: Tensor, picture: int) -> Tensor:
     """Places of the tokens of latents (B, c, h, w): (h/2 * w/2, 3) of (which picture, row, column), float32 (bfloat16 counts to 256 only)."""
     h, w = x.shape[2] // 2, x.shape[3] // 2
-    return torch.cartesian_prod(torch.tensor([float(picture)]), torch.arange(h).float(), torch.arange(w).float()).reshape(h * w, 3)
+    rows, columns = (torch.arange(side, dtype=torch.float32, device=x.device) for side in (h, w))  # made where they are used: no copy in each step
+    return torch.cartesian_prod(torch.full((1,), float(picture), device=x.device), rows, columns).reshape(h * w, 3)
 
 
 def inputs(scene: Scene, side: Side, *, guided: bool, fill: bool) -> Mapping[str, Tensor]:

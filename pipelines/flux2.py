@@ -90,15 +90,17 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
         tokens = torch.cat([tokens, extra["reference"].to(x)], dim=1)
         places = torch.cat([places, extra["places"][0].to(places)])
     words = conditioning.tokens.to(net.dtype)
-    order = torch.nn.functional.pad(torch.arange(words.shape[1])[:, None], (3, 0))  # of the words, on the last axis of positions
-    out = net(tokens.to(net.dtype), words, torch.full((len(x),), level.time / 1000, device=x.device), img_ids=places.to(x.device),
-              txt_ids=order.to(x.device), guidance=extra["guidance"].to(x.device) if "guidance" in extra else None, return_dict=False)[0]
+    order = torch.nn.functional.pad(torch.arange(words.shape[1], device=x.device)[:, None], (3, 0))  # of the words, on the last axis of positions
+    out = net(tokens.to(net.dtype), words, torch.full((len(x),), level.time / 1000, device=x.device), img_ids=places,
+              txt_ids=order, guidance=extra["guidance"].to(x.device) if "guidance" in extra else None, return_dict=False)[0]
     return out[:, :x.shape[2] * x.shape[3]].float().transpose(1, 2).reshape(x.shape)
 
 
 def positions(x: Tensor, time: int) -> Tensor:
     """Places of the tokens of latents (B, c, h, w): (h * w, 4) whole numbers, (time, row, column, 0). The picture made is at time 0."""
-    return torch.cartesian_prod(torch.tensor([time]), torch.arange(x.shape[2]), torch.arange(x.shape[3]), torch.tensor([0]))
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])  # made where they are used: no copy in each step
+    when, last = (torch.full((1,), number, device=x.device) for number in (time, 0))
+    return torch.cartesian_prod(when, rows, columns, last)
 
 
 def inputs(scene: Scene, side: Side, *, guided: bool) -> Mapping[str, Tensor]:
