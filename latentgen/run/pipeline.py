@@ -1,52 +1,34 @@
-"""The pipeline object: Request -> Plan -> stream of Steps -> Result, one path for every task.
+"""The pipeline object: what a person calls. Knows requests, plans and runs; the stages of a run are in `work`, and nothing here knows a family.
 
-Knows the order of the stages and nothing about any family. All state of a call lives in the call, so one pipeline may serve many threads.
+All state of a call lives in the call, so one pipeline may serve many threads.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from latentgen.conditioning.explain import Explanation
-from latentgen.diffusion.compose import composed
-from latentgen.diffusion.guide import guided, image_guidance, masked
-from latentgen.diffusion.level import Denoiser, Level, noised, prediction_row, start
-from latentgen.diffusion.noise import SeededNoise
 from latentgen.diffusion.sample import Step
-from latentgen.diffusion.sample import sampler as find_sampler
-from latentgen.errors import NotFiniteError, RequestError
+from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
-from latentgen.models.family import Conditioning, Scene
-from latentgen.pixels.image import to_images, to_tensor
-from latentgen.pixels.latent import decode, encode, preview
-from latentgen.pixels.mask import paste_back
-from latentgen.run.batch import joined, repeated
+from latentgen.pixels.latent import preview
 from latentgen.run.memo import Memo
-from latentgen.run.plan import OPTIONS, Machine, Plan, make_plan, source_pixels
+from latentgen.run.plan import Machine, Plan, make_plan
 from latentgen.run.progress import Bar, download_bar
-from latentgen.run.recipe import make_recipe
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
 from latentgen.run.texts import explain_text
-from latentgen.run.words import Script, Speaker
+from latentgen.run.work import Work
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from latentgen.run.replay import Replayed
-
-    Modules = dict[str, nn.Module]
 
 OnStep = Callable[[Step], None]
 
@@ -153,12 +135,15 @@ class Pipeline:
     def stream(self, request: Request | str | Plan, **options: Any) -> Run:
         """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step."""
         if not isinstance(request, Plan):
-            return Run(self, self.plan(request, **options))
+            return self._started(self.plan(request, **options))
         if options:
             raise RequestError(f"a finished plan was given with {', '.join(options)}: a plan takes no options, so give them to `plan`")
         if Machine(request.model, request.device, request.dtype, request.residency, request.weights, self._machine.notes) != self._machine:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
-        return Run(self, request)
+        return self._started(request)
+
+    def _started(self, plan: Plan) -> Run:
+        return Run(self, Work(self.family, self.checkpoint, self.residency, self._memo, plan))
 
     def _run(self, task: str, on_step: OnStep | None, **said: Any) -> Result:
         request = _as_request(said.pop("prompt"), said)
@@ -172,148 +157,6 @@ class Pipeline:
                     on_step(step)
             return run.result
 
-    def _steps(self, plan: Plan) -> Generator[Step, None, Result]:
-        """The one path of every task (DESIGN section 4); a new feature is a wrapper around the denoiser, not a branch here."""
-        timings: dict[str, float] = {}
-        notes = list(plan.notes)
-        began = time.perf_counter()
-        self.residency.check()
-        script = self._script(plan, notes)
-        timings["text"] = time.perf_counter() - began
-        spec = self.family.latent
-        shape = spec.shape(plan.width, plan.height)
-        z0 = self._source_latents(plan, notes)
-        timings["encode"] = time.perf_counter() - began - timings["text"]
-        noise = SeededNoise(plan.seeds, shape)
-        device = self.residency.device
-        eps = noise.draw().to(device)
-        x = self._start(plan, z0, eps)
-        phase = time.perf_counter()
-        with self.residency.use("denoiser") as modules:
-            denoise = self._denoiser(modules, plan, script)
-            if z0 is not None and plan.source is not None and plan.source.mask is not None and self.family.task != "inpaint":
-                denoise = masked(denoise, z0=z0, mask=_latent_mask(plan.source.mask, spec.factor).to(device), eps=eps)
-            sample = find_sampler(plan.sampler).function
-            for step in sample(denoise, x, plan.levels, noise=lambda: noise.draw().to(device), **plan.options):
-                x = step.x
-                yield step
-        if not bool(torch.isfinite(x).all()):
-            cure = "check its weights and guidance_scale" if plan.dtype == "float32" else "load the model with dtype='float32'"
-            raise NotFiniteError(f"the denoiser gave NaN or infinity in {plan.dtype}: {cure}")
-        timings["sample"] = time.perf_counter() - phase
-        phase = time.perf_counter()
-        images = self._finish(plan, self._pixels(plan, x, notes))
-        timings["decode"] = time.perf_counter() - phase
-        timings["total"] = time.perf_counter() - began
-        recipe = make_recipe(plan, self.checkpoint.digest, tuple(notes))
-        return Result(tuple(images), plan, tuple(notes), timings, recipe, x.cpu())
-
-    def _start(self, plan: Plan, z0: Tensor | None, eps: Tensor) -> Tensor:
-        """x at the first level: the source with noise, another run's latents, or noise alone (also where an inpainting keeps nothing of the old)."""
-        first = plan.levels[0]
-        if plan.request.latents is not None:
-            return plan.request.latents.to(eps)
-        if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and plan.strength < 1)):
-            return noised(z0.expand_as(eps), eps, first)
-        return start(eps, first)
-
-    def _script(self, plan: Plan, notes: list[str]) -> Script:
-        """What is said when, as the denoiser hears it: words, and what the family adds of the picture."""
-        speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self._memo, plan, notes)
-        return speaker.script(partial(self.family.inputs, self._scene(plan, notes)))
-
-    def _scene(self, plan: Plan, notes: list[str]) -> Scene:
-        """The picture side of a request, as a family's `inputs` reads it."""
-        source, request = plan.source, plan.request
-        options = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None} | {"guidance_scale": plan.guidance_scale}
-        return Scene(plan.width, plan.height, self.family.latent.shape(plan.width, plan.height),
-                     encode=lambda pixels: self._latents(pixels, plan.tile, notes),
-                     image=None if source is None else source_pixels(source), mask=None if source is None else source.mask,
-                     references=tuple(to_tensor(picture) for picture in plan.references), options=options)
-
-    def _source_latents(self, plan: Plan, notes: list[str]) -> Tensor | None:
-        """z0 of the source picture, (1, c, h, w)."""
-        return None if plan.source is None else self._latents(source_pixels(plan.source), plan.tile, notes)
-
-    def _latents(self, pixels: Tensor, tile: int | None, notes: list[str]) -> Tensor:
-        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows."""
-
-        def encoded(dtype: torch.dtype) -> Tensor:
-            with self.residency.use("encoder", dtype=dtype) as modules:
-                return encode(modules["vae"], pixels, self.family.latent, tile=tile, call=self.family.vae_encode)
-
-        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), tile)
-        z0, said = self._memo.get(key, lambda: self._finite("encoded", encoded), lambda made: [made[0]])
-        notes.extend(said)
-        return z0
-
-    def _finite(self, what: str, compute: Callable[[torch.dtype], Tensor]) -> tuple[Tensor, tuple[str, ...]]:
-        """compute(dtype) in the pipeline's dtype, or where that overflows once more in float32, with a note about it."""
-        try:
-            return compute(self.residency.dtype), ()
-        except NotFiniteError as error:
-            if self.residency.dtype == torch.float32:
-                raise
-            return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
-
-    def _denoiser(self, modules: Modules, plan: Plan, script: Script) -> Denoiser:
-        """(x, level) -> x0 with the words, guided where the plan says so; `plan.rows` pictures per network call."""
-        family = self.family
-
-        def estimate(x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
-            a, b = prediction_row(family.prediction, level)
-            with torch.no_grad():
-                return a * x + b * family.predict(modules, x, level, conditioning)
-
-        def with_words(x: Tensor, level: Level) -> Tensor:
-            said = script.at(level)
-            if len(said.prompts) > 1:
-                return every(x, level)[0]
-            parts = [estimate(part, level, repeated(said.prompts[0], len(part))) for part in x.split(plan.rows)]
-            return torch.cat(parts) if parts[1:] else parts[0]
-
-        def every(x: Tensor, level: Level) -> tuple[Tensor, ...]:
-            said, rows = script.at(level), []
-            for part in x.split(plan.rows):
-                each = [repeated(c, len(part)) for c in said.every]
-                if said.together:
-                    rows.append(estimate(torch.cat([part] * len(each)), level, joined(each)).chunk(len(each)))
-                else:  # encoders without padding give the texts different lengths
-                    rows.append(tuple(estimate(part, level, c) for c in each))
-            x0s = tuple(torch.cat(sides) if sides[1:] else sides[0] for sides in zip(*rows, strict=True))
-            count = len(said.prompts)
-            return x0s if count == 1 else (composed(x0s[:count], x0s[count], said.weights), *x0s[count:])
-
-        if plan.batching == "off":
-            return with_words
-        combine: Callable[..., Tensor] | None = None
-        if family.guidance == "image" and plan.references:
-            def combine(x: Tensor, level: Level, x0s: tuple[Tensor, ...]) -> Tensor:
-                return image_guidance(*x0s, scale=plan.cfg_scale, image_scale=plan.image_guidance_scale)
-        elif family.combine is not None:
-            def combine(x: Tensor, level: Level, x0s: tuple[Tensor, ...]) -> Tensor:
-                return family.combine(x, level, *x0s, plan.cfg_scale)
-        return guided(with_words, every, scale=plan.cfg_scale, rescale=plan.guidance_rescale, interval=plan.guidance_interval, combine=combine,
-                      position=lambda level: family.path.find(level.half_log_snr))
-
-    def _pixels(self, plan: Plan, z: Tensor, notes: list[str]) -> Tensor:
-        """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
-
-        def decoded(dtype: torch.dtype) -> Tensor:
-            with self.residency.use("decoder", dtype=dtype) as modules:
-                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=plan.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
-
-        pixels, said = self._finite("decoded", decoded)
-        notes.extend(said)
-        return pixels
-
-    def _finish(self, plan: Plan, pixels: Tensor) -> list[Image.Image]:
-        """Pictures, with kept pixels pasted back exactly and a filled-up size cropped."""
-        images = to_images(pixels)
-        if plan.source is not None and plan.source.mask is not None:
-            images = [paste_back(plan.source.image, image, plan.source.mask) for image in images]
-        return [image if image.size == plan.crop else image.crop((0, 0, *plan.crop)) for image in images]
-
     def preview(self, step: Step) -> list[Image.Image]:
         """What the pictures look like after a step, one pixel per latent, without decoding.
 
@@ -326,10 +169,10 @@ class Pipeline:
 class Run:
     """One request under way. Iterate it for `Step`s; `result` runs what is left and gives the `Result`."""
 
-    def __init__(self, pipeline: Pipeline, plan: Plan) -> None:
-        self.plan = plan
-        self._pipeline = pipeline
-        self._steps = pipeline._steps(plan)
+    def __init__(self, pipeline: Pipeline, work: Work) -> None:
+        self.plan = work.plan
+        self._pipeline, self._work = pipeline, work
+        self._steps = work.steps()
         self._result: Result | None = None
 
     def __iter__(self) -> Iterator[Step]:
@@ -380,8 +223,3 @@ def _as_request(request: Request | str, options: dict[str, Any]) -> Request:
     if "prompt" in options:
         raise RequestError("prompt is given twice: pass the words once")
     return Request(prompt=request, **options)
-
-
-def _latent_mask(mask: Tensor, factor: int) -> Tensor:
-    """(1, 1, H, W) -> (1, 1, h, w): a latent is repainted as far as any of its pixels is."""
-    return torch.nn.functional.max_pool2d(mask, factor)

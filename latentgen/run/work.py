@@ -1,0 +1,173 @@
+"""One run of one plan: Plan -> stream of Steps -> Result, one path for every task (DESIGN section 4).
+
+Knows the order of the stages and nothing about any family. All state of a run lives here, so one pipeline may serve many threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentgen.diffusion.guide import masked
+from latentgen.diffusion.level import Denoiser, noised, start
+from latentgen.diffusion.noise import SeededNoise
+from latentgen.diffusion.sample import Step
+from latentgen.diffusion.sample import sampler as find_sampler
+from latentgen.errors import NotFiniteError
+from latentgen.models.checkpoint import Checkpoint
+from latentgen.models.family import Family, Modules, Scene
+from latentgen.pixels.image import to_images, to_tensor
+from latentgen.pixels.latent import decode, encode
+from latentgen.pixels.mask import paste_back
+from latentgen.run.denoising import network, worded
+from latentgen.run.guiding import OPTIONS
+from latentgen.run.memo import Memo
+from latentgen.run.plan import Plan
+from latentgen.run.recipe import make_recipe
+from latentgen.run.residency import Residency
+from latentgen.run.result import Result
+from latentgen.run.sizing import source_pixels
+from latentgen.run.words import Script, Speaker
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run has at hand.
+
+    Attributes:
+        memo: texts and pictures that were encoded before, by value; shared by all runs of a pipeline.
+        notes: the plan's, and what this run adjusts.
+    """
+
+    family: Family
+    checkpoint: Checkpoint
+    residency: Residency
+    memo: Memo
+    plan: Plan
+    notes: list[str] = field(default_factory=list)
+
+    def steps(self) -> Generator[Step, None, Result]:
+        """The one path of every task; a new feature is a wrapper around the denoiser, not a branch here."""
+        plan, timings = self.plan, {}
+        self.notes[:] = plan.notes
+        began = phase = time.perf_counter()
+        self.residency.check()
+        script = self.script()
+        timings["text"], phase = _since(phase)
+        z0 = self.source_latents()
+        timings["encode"], phase = _since(phase)
+        noise = SeededNoise(plan.seeds, self.family.latent.shape(plan.width, plan.height))
+        device = self.residency.device
+        eps = noise.draw().to(device)
+        x = self.start(z0, eps)
+        with self.residency.use("denoiser") as modules:
+            denoise = self.denoiser(modules, script, z0, eps)
+            sample = find_sampler(plan.sampler).function
+            for step in sample(denoise, x, plan.levels, noise=lambda: noise.draw().to(device), **plan.options):
+                x = step.x
+                yield step
+        self.check_finite(x)
+        timings["sample"], phase = _since(phase)
+        images = self.finish(self.pixels(x))
+        timings["decode"], _ = _since(phase)
+        timings["total"] = time.perf_counter() - began
+        recipe = make_recipe(plan, self.checkpoint.digest, tuple(self.notes))
+        return Result(tuple(images), plan, tuple(self.notes), timings, recipe, x.cpu())
+
+    def script(self) -> Script:
+        """What is said when, as the denoiser hears it: words, and what the family adds of the picture."""
+        speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self.memo, self.plan, self.notes)
+        return speaker.script(partial(self.family.inputs, self.scene()))
+
+    def scene(self) -> Scene:
+        """The picture side of a request, as a family's `inputs` reads it."""
+        plan, source, request = self.plan, self.plan.source, self.plan.request
+        options = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None} | {"guidance_scale": plan.guidance_scale}
+        return Scene(plan.width, plan.height, self.family.latent.shape(plan.width, plan.height), encode=self.latents,
+                     image=None if source is None else source_pixels(source), mask=None if source is None else source.mask,
+                     references=tuple(to_tensor(picture) for picture in plan.references), options=options)
+
+    def source_latents(self) -> Tensor | None:
+        """z0 of the source picture, (1, c, h, w)."""
+        return None if self.plan.source is None else self.latents(source_pixels(self.plan.source))
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows."""
+
+        def encoded(dtype: torch.dtype) -> Tensor:
+            with self.residency.use("encoder", dtype=dtype) as modules:
+                return encode(modules["vae"], pixels, self.family.latent, tile=self.plan.tile, call=self.family.vae_encode)
+
+        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), self.plan.tile)
+        z0, said = self.memo.get(key, lambda: self.finite("encoded", encoded), lambda made: [made[0]])
+        self.notes.extend(said)
+        return z0
+
+    def start(self, z0: Tensor | None, eps: Tensor) -> Tensor:
+        """x at the first level: the source with noise, another run's latents, or noise alone (also where an inpainting keeps nothing of the old)."""
+        plan, first = self.plan, self.plan.levels[0]
+        if plan.request.latents is not None:
+            return plan.request.latents.to(eps)
+        if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and plan.strength < 1)):
+            return noised(z0.expand_as(eps), eps, first)
+        return start(eps, first)
+
+    def denoiser(self, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
+        """The network with all that is wrapped around it."""
+        plan = self.plan
+        denoise = worded(self.family, network(self.family, modules), plan, script)
+        if z0 is not None and plan.source is not None and plan.source.mask is not None and self.family.task != "inpaint":
+            denoise = masked(denoise, z0=z0, mask=_latent_mask(plan.source.mask, self.family.latent.factor).to(eps), eps=eps)
+        return denoise
+
+    def check_finite(self, x: Tensor) -> None:
+        """NotFiniteError where the denoiser gave NaN or infinity."""
+        if not bool(torch.isfinite(x).all()):
+            dtype = self.plan.dtype
+            cure = "check its weights and guidance_scale" if dtype == "float32" else "load the model with dtype='float32'"
+            raise NotFiniteError(f"the denoiser gave NaN or infinity in {dtype}: {cure}")
+
+    def finite(self, what: str, compute: Callable[[torch.dtype], Tensor]) -> tuple[Tensor, tuple[str, ...]]:
+        """compute(dtype) in the pipeline's dtype, or where that overflows once more in float32, with a note about it."""
+        try:
+            return compute(self.residency.dtype), ()
+        except NotFiniteError as error:
+            if self.residency.dtype == torch.float32:
+                raise
+            return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
+
+    def pixels(self, z: Tensor) -> Tensor:
+        """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
+        tile, call = self.plan.tile, self.family.vae_decode
+
+        def decoded(dtype: torch.dtype) -> Tensor:
+            with self.residency.use("decoder", dtype=dtype) as modules:
+                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=tile, call=call).cpu() for part in z.split(1)])
+
+        pixels, said = self.finite("decoded", decoded)
+        self.notes.extend(said)
+        return pixels
+
+    def finish(self, pixels: Tensor) -> list[Image.Image]:
+        """Pictures, with kept pixels pasted back exactly and a filled-up size cropped."""
+        plan, images = self.plan, to_images(pixels)
+        if plan.source is not None and plan.source.mask is not None:
+            images = [paste_back(plan.source.image, image, plan.source.mask) for image in images]
+        return [image if image.size == plan.crop else image.crop((0, 0, *plan.crop)) for image in images]
+
+
+def _since(before: float) -> tuple[float, float]:
+    now = time.perf_counter()
+    return now - before, now
+
+
+def _latent_mask(mask: Tensor, factor: int) -> Tensor:
+    """(1, 1, H, W) -> (1, 1, h, w): a latent is repainted as far as any of its pixels is."""
+    return torch.nn.functional.max_pool2d(mask, factor)
