@@ -17,7 +17,7 @@ from latentgen.diffusion.level import (
     start,
 )
 from latentgen.diffusion.names import Ours, foreign, from_diffusers
-from latentgen.diffusion.noise import SeededNoise
+from latentgen.diffusion.noise import SeededNoise, centred, slerp
 from latentgen.diffusion.sample import SAMPLERS, Option, SamplerInfo, Step, asked, sampler
 from latentgen.diffusion.schedule import SPACINGS, UNSHIFTED, Levels, explicit, shifted, spacing, zero_terminal_snr
 
@@ -38,6 +38,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "asked",
+    "centred",
     "explicit",
     "foreign",
     "from_diffusers",
@@ -47,6 +48,7 @@ __all__ = [
     "prediction_row",
     "sampler",
     "shifted",
+    "slerp",
     "spacing",
     "start",
     "zero_terminal_snr",
