@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from latentgen.errors import ModelError, NotFiniteError, RequestError
 from latentgen.pixels.image import to_tensor
-from latentgen.pixels.latent import LatentSpec, _spans, decode, encode, preview
+from latentgen.pixels.latent import LatentSpec, decode, encode, preview
 
 SPEC = LatentSpec(channels=4, factor=4, scale=0.7, shift=0.2, multiple=8)
 
@@ -82,17 +82,6 @@ def test_scale_and_shift_round_trip(spec: LatentSpec) -> None:
     assert torch.allclose(spec.to_model(raw), (raw - spec.shift) * spec.scale)
 
 
-@pytest.mark.parametrize(("size", "tile", "overlap", "scale"), [(40, 16, 4, 1), (41, 16, 8, 8), (17, 16, 4, 2), (100, 16, 15, 3), (33, 8, 0, 4),
-                                                              (9, 9, 3, 2), (50, 1, 0, 1)])
-def test_tile_weights_sum_to_one(size: int, tile: int, overlap: int, scale: int) -> None:
-    total, spans = torch.zeros(size * scale), list(_spans(size, tile, overlap, scale))
-    for (start, length, weights), following in zip(spans, [*spans[1:], None]):
-        assert len(weights) == length * scale and bool((weights >= 0).all())
-        total[start * scale:(start + length) * scale] += weights
-        assert following is None or start < following[0] <= start + length - overlap
-    assert spans[0][0] == 0 and spans[-1][0] + spans[-1][1] == size and torch.allclose(total, torch.ones_like(total), atol=1e-6)
-
-
 @pytest.mark.parametrize(("height", "width"), [(48, 40), (52, 20), (44, 92)])
 def test_tiles_are_exact_without_norms(height: int, width: int) -> None:
     """The tiny decoder here reaches 9 latents at most; overlap 36 drops 9 of them: even the seams equal the whole."""
@@ -123,6 +112,22 @@ def test_tiles_with_norms_are_close_and_seamless() -> None:
 def test_a_tile_as_large_as_the_picture_is_the_whole(vae: nn.Module) -> None:
     z = random(1, 4, 8, 6)
     assert torch.equal(decode(vae, z, SPEC, tile=32), decode(vae, z, SPEC))
+
+
+@pytest.mark.parametrize("axes", [(2,), (3,), (2, 3)])
+@pytest.mark.parametrize("tiles", [{}, {"tile": 160, "overlap": 144}])
+def test_edges_that_meet(axes: tuple[int, ...], tiles: dict[str, int]) -> None:
+    """Of three pictures side by side the middle one has no edge; so has one whose edges are joined. What the tiny decoder reaches past 8 latents is nothing."""
+    height, width = 24, 32
+    module, z, sides = tiny(), random(1, 4, height, width), [3 if axis in axes else 1 for axis in (2, 3)]
+
+    def middle(x: Tensor) -> Tensor:
+        return x.unflatten(3, (sides[1], -1))[..., sides[1] // 2, :].unflatten(2, (sides[0], -1))[..., sides[0] // 2, :, :]
+
+    whole = decode(module, z.tile(1, 1, *sides), SPEC)
+    pixels = decode(module, z, SPEC, wrap=axes, **tiles)
+    torch.testing.assert_close(pixels, middle(whole), rtol=0, atol=1e-4)
+    torch.testing.assert_close(encode(module, pixels, SPEC, wrap=axes, **tiles), middle(encode(module, pixels.tile(1, 1, *sides), SPEC)), rtol=0, atol=1e-4)
 
 
 class Stub(nn.Module):

@@ -6,16 +6,20 @@ Raw latents are what the autoencoder gives and takes; native latents (z0, x0) ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.diffusion.tiles import Span, Window, spans
 from latentgen.errors import ModelError, NotFiniteError, RequestError
 from latentgen.pixels.image import to_images
+
+WRAPPED = 8  # latents beyond each edge that an autoencoder is shown of a picture whose edges meet
 
 
 class Autoencoder(Protocol):
@@ -78,7 +82,7 @@ class LatentSpec:
 
 @torch.no_grad()
 def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | None = None, overlap: int | None = None,
-           call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
+           wrap: tuple[int, ...] = (), call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
     """Pixels to native latents. Of a variational autoencoder, the mean: a picture has one latent, without a draw.
 
     Args:
@@ -86,6 +90,7 @@ def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | No
         pixels: (B, 3, H, W) in [-1, 1], sides multiples of `spec.factor`.
         tile: side of a tile in pixels, None for the whole picture at once.
         overlap: pixels that neighbouring tiles share at least; None for a quarter of a tile.
+        wrap: the axes (2 rows, 3 columns) along which opposite edges meet; exact as far as the encoder reaches no further than 8 latents.
         call: (vae, pixels) -> raw latents, where a family packs them or takes them from elsewhere than the plain call gives them.
 
     Returns:
@@ -105,7 +110,8 @@ def encode(vae: Autoencoder, pixels: Tensor, spec: LatentSpec, *, tile: int | No
         _check_shape(raw, (len(x), spec.channels, x.shape[2] // spec.factor, x.shape[3] // spec.factor), "encoder")
         return raw.float()
 
-    raw = _tiled(whole, pixels, unit=spec.factor, scale=1, tiles=_tiles(tile, overlap, spec))
+    tiled = partial(_tiled, whole, unit=spec.factor, scale=1, tiles=_tiles(tile, overlap, spec))
+    raw = _wrapped(tiled, pixels, unit=spec.factor, scale=1, axes=wrap)
     _check_finite(raw, pixels, module, what="encoder", given="picture")
     return spec.to_model(raw)
 
@@ -117,7 +123,7 @@ def _raw_latents(vae: Autoencoder, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = None, overlap: int | None = None,
-           call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
+           wrap: tuple[int, ...] = (), call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
     """Native latents to pixels.
 
     Args:
@@ -126,6 +132,7 @@ def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = 
         tile: side of a tile in pixels, None for the whole picture at once.
         overlap: pixels that neighbouring tiles share at least; None for a quarter of a tile. The outer quarters of it are dropped, so what a
             tile's cut edge spoils is never seen when the decoder reaches no further than that; across the middle half the tiles are blended.
+        wrap: the axes (2 rows, 3 columns) along which opposite edges meet; exact as far as the decoder reaches no further than 8 latents.
         call: (vae, raw latents) -> pixels, the way back of `encode`'s.
 
     Returns:
@@ -146,7 +153,8 @@ def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = 
         return pixels.float()
 
     raw = spec.to_raw(z.float())
-    pixels = _tiled(whole, raw, unit=1, scale=spec.factor, tiles=_tiles(tile, overlap, spec))
+    tiled = partial(_tiled, whole, unit=1, scale=spec.factor, tiles=_tiles(tile, overlap, spec))
+    pixels = _wrapped(tiled, raw, unit=1, scale=spec.factor, axes=wrap)
     _check_finite(pixels, z, module, what="decoder", given="latent")
     return pixels
 
@@ -206,35 +214,28 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor, *, unit: int, scale:
     if tiles is None or (height <= tiles[0] and width <= tiles[0]):
         return function(x)
     out: Tensor | None = None
-    for top, rows, down in _spans(height, *tiles, scale):
-        for left, columns, across in _spans(width, *tiles, scale):
-            part = function(x[:, :, top * unit:(top + rows) * unit, left * unit:(left + columns) * unit])
+    for rows, down in spans(height, *tiles, scale=scale):
+        for columns, across in spans(width, *tiles, scale=scale):
+            part = function(Window(rows, columns).of(x, unit=unit))
             if out is None:
                 out = part.new_zeros((*part.shape[:2], height * scale, width * scale))
-            weight = (down[:, None] * across).to(part.device)
-            out[:, :, top * scale:(top + rows) * scale, left * scale:(left + columns) * scale] += part * weight
+            weighed = part * (down[:, None] * across).to(part.device)
+            Window(Span(rows.start * scale, rows.length * scale), Span(columns.start * scale, columns.length * scale)).add(weighed, to=out)
     assert out is not None
     return out
 
 
-def _spans(size: int, tile: int, overlap: int, scale: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Tiles along one side: (start, length, weights (length*scale,)). Lengths are equal, starts even; the weights of all tiles sum to 1 everywhere.
-
-    Boundary k lies between tiles k-1 and k: r_k rises from 0 to 1 across the middle half of what the two share, and tile k weighs r_k - r_(k+1).
-    """
-    if size <= tile:
-        yield 0, size, torch.ones(size * scale)
-        return
-    count = math.ceil((size - overlap) / (tile - overlap))
-    starts = [round(k * (size - tile) / (count - 1)) for k in range(count)]
-    centres = (torch.arange(size * scale, dtype=torch.float64) + 0.5) / scale
-    rises = [torch.ones_like(centres)]
-    for before, after in zip(starts, starts[1:]):
-        shared = before + tile - after
-        rises.append(((centres - (after + shared / 4)) / max(shared / 2, 1e-9)).clamp(0, 1))
-    rises.append(torch.zeros_like(centres))
-    for start, rise, fall in zip(starts, rises, rises[1:]):
-        yield start, tile, (rise - fall)[start * scale:(start + tile) * scale].float()
+def _wrapped(function: Callable[[Tensor], Tensor], x: Tensor, *, unit: int, scale: int, axes: tuple[int, ...]) -> Tensor:
+    """function(x) of a picture whose opposite edges meet along `axes`: filled up from beyond each edge, and what comes of that cut off again."""
+    size = {axis: x.shape[axis] // unit for axis in axes}
+    margin = {axis: min(WRAPPED, size[axis]) for axis in axes}
+    for axis in axes:
+        side, more = x.shape[axis], margin[axis] * unit
+        x = torch.cat([x.narrow(axis, side - more, more), x, x.narrow(axis, 0, more)], axis)
+    out = function(x)
+    for axis in axes:
+        out = out.narrow(axis, margin[axis] * scale, size[axis] * scale)
+    return out
 
 
 def _check_shape(got: Tensor, expected: tuple[int, ...], what: str) -> None:
