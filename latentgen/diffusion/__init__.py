@@ -1,7 +1,7 @@
 """The mathematics of diffusion. Imports torch and nothing else; knows no prompt, model, device or image.
 
 A denoiser maps (x, level) to x0. `level` says what a level is, `schedule` which levels a run visits, `sample` which samplers there
-are to move x between them (`samplers`), `names` what others call them, `guide` wraps denoisers, `noise` turns seeds into noise.
+are to move x between them (`samplers`), `names` what others call them, `guide` wraps denoisers, `guidance` has further rules, `noise` turns seeds into noise.
 """
 
 from latentgen.diffusion.guide import guided, masked
@@ -18,7 +18,8 @@ from latentgen.diffusion.level import (
 )
 from latentgen.diffusion.names import Ours, foreign, from_diffusers
 from latentgen.diffusion.noise import SeededNoise, centred, slerp
-from latentgen.diffusion.sample import SAMPLERS, Option, SamplerInfo, Step, asked, sampler
+from latentgen.diffusion.option import Option
+from latentgen.diffusion.sample import SAMPLERS, SamplerInfo, Step, asked, sampler
 from latentgen.diffusion.schedule import SPACINGS, UNSHIFTED, Levels, explicit, shifted, spacing, zero_terminal_snr
 
 __all__ = [

@@ -5,7 +5,6 @@ The samplers themselves, one short generator each, are in the folder `samplers`;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,42 +14,12 @@ from torch import Tensor
 
 from latentgen.diffusion.level import Denoiser, Level
 from latentgen.diffusion.names import Ours, foreign, nearest
+from latentgen.diffusion.option import Option
 from latentgen.diffusion.samplers import adams, langevin, multistep, ode, one_step
 from latentgen.diffusion.samplers.steps import Noise, Step
 from latentgen.errors import RequestError
 
-__all__ = ["SAMPLERS", "Option", "SamplerInfo", "Step", "asked", "sampler"]
-
-
-@dataclass(frozen=True)
-class Option:
-    """A keyword argument of a sampler: the values that it takes, ends included.
-
-    low, high: of a number.  whole: whole numbers only.  choices: of a word, instead.
-    """
-
-    about: str
-    low: float = 0.0
-    high: float = math.inf
-    whole: bool = False
-    choices: tuple[str, ...] = ()
-
-    def check(self, name: str, value: object) -> None:
-        """RequestError unless value is one that this option takes."""
-        if self.choices:
-            fits = isinstance(value, str) and value in self.choices
-        else:
-            fits = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
-        if not fits:
-            raise RequestError(f"{name} is {value!r}: give {self.takes} ({self.about}).")
-
-    @property
-    def takes(self) -> str:
-        """The values that it takes, in words."""
-        if self.choices:
-            return " or ".join(repr(choice) for choice in self.choices)
-        kind = "a whole number" if self.whole else "a number"
-        return f"{kind} of at least {self.low:g}" if self.high == math.inf else f"{kind} from {self.low:g} to {self.high:g}"
+__all__ = ["SAMPLERS", "SamplerInfo", "Step", "asked", "sampler"]
 
 
 ETA = Option("share of the ancestral noise: 0 none, 1 as much as DDPM", 0, 1)
