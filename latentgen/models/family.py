@@ -145,19 +145,21 @@ class Scene:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Words (and more) as tensors.
+    """Words (and more) as tensors. Each is itself alone, so that what was computed of one can be kept by it.
 
     Attributes:
         tokens: (B, n, width) states for cross-attention or joint attention.
         pooled: (B, width) or None.
         extra: further inputs by names of the family's own choice (mask of tokens, time ids, image latents, ...), each with a batch axis first.
+        rows: of a batch, the conditioning of batch 1 that each row is, and the number of the picture that the row is for; set by the engine.
     """
 
     tokens: Tensor
     pooled: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: tuple[tuple[Conditioning, int], ...] = ()
 
 
 @dataclass(frozen=True)

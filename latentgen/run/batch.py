@@ -16,20 +16,22 @@ def tensors(conditioning: Conditioning) -> list[Tensor]:
     return [t for t in (conditioning.tokens, conditioning.pooled, *conditioning.extra.values()) if t is not None]
 
 
-def repeated(c: Conditioning, count: int) -> Conditioning:
-    """A conditioning of batch 1 for `count` pictures, without a copy."""
+def repeated(c: Conditioning, count: int, *, first: int = 0) -> Conditioning:
+    """A conditioning of batch 1 for `count` pictures, of which the first has the number `first`, without a copy."""
 
     def grow(t: Tensor) -> Tensor:
         return t.expand(count, *t.shape[1:])
 
-    return Conditioning(grow(c.tokens), None if c.pooled is None else grow(c.pooled), {k: grow(v) for k, v in c.extra.items()})
+    rows = tuple((c, first + n) for n in range(count))
+    return Conditioning(grow(c.tokens), None if c.pooled is None else grow(c.pooled), {k: grow(v) for k, v in c.extra.items()}, rows)
 
 
 def joined(several: list[Conditioning]) -> Conditioning:
     """Several conditionings as one batch."""
     pooled = [c.pooled for c in several if c.pooled is not None]
     extra = {name: torch.cat([c.extra[name] for c in several]) for name in several[0].extra}
-    return Conditioning(torch.cat([c.tokens for c in several]), torch.cat(pooled) if pooled else None, extra)
+    rows = tuple(row for c in several for row in c.rows)
+    return Conditioning(torch.cat([c.tokens for c in several]), torch.cat(pooled) if pooled else None, extra, rows)
 
 
 def alike(several: list[Conditioning]) -> bool:

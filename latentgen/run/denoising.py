@@ -11,6 +11,7 @@ from torch import Tensor
 from latentgen.diffusion.compose import composed
 from latentgen.diffusion.guide import guided, image_guidance
 from latentgen.diffusion.level import Denoiser, Level, prediction_row
+from latentgen.models.asked import Asked
 from latentgen.models.family import Conditioning, Family, Modules
 from latentgen.run.batch import joined, repeated
 from latentgen.run.plan import Plan
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
     Estimate = Callable[[Tensor, Level, Conditioning], Tensor]
 
 
-def network(family: Family, modules: Modules) -> Estimate:
-    """(x, level, conditioning of x's batch) -> x0: one evaluation of the network, the innermost of all that a run computes."""
+def network(family: Family, modules: Modules, asked: Asked) -> Estimate:
+    """(x, level, conditioning of x's batch) -> x0: one evaluation of the network, the innermost of all that a run computes.
+
+    Args:
+        asked: is told of each call before it is made.
+    """
 
     def estimate(x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
+        asked.tell(level, conditioning)
         a, b = prediction_row(family.prediction, level)
         with torch.no_grad():
             return a * x + b * family.predict(modules, x, level, conditioning)
@@ -38,13 +44,13 @@ def worded(family: Family, estimate: Estimate, plan: Plan, script: Script) -> De
         said = script.at(level)
         if len(said.prompts) > 1:
             return every(x, level)[0]
-        parts = [estimate(part, level, repeated(said.prompts[0], len(part))) for part in x.split(plan.rows)]
+        parts = [estimate(part, level, repeated(said.prompts[0], len(part), first=n * plan.rows)) for n, part in enumerate(x.split(plan.rows))]
         return torch.cat(parts) if parts[1:] else parts[0]
 
     def every(x: Tensor, level: Level) -> tuple[Tensor, ...]:
         said, rows = script.at(level), []
-        for part in x.split(plan.rows):
-            each = [repeated(c, len(part)) for c in said.every]
+        for n, part in enumerate(x.split(plan.rows)):
+            each = [repeated(c, len(part), first=n * plan.rows) for c in said.every]
             if said.together:
                 rows.append(estimate(torch.cat([part] * len(each)), level, joined(each)).chunk(len(each)))
             else:  # encoders without padding give the texts different lengths

@@ -21,6 +21,7 @@ from latentgen.diffusion.noise import SeededNoise
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.errors import NotFiniteError
+from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Family, Modules, Scene
 from latentgen.pixels.image import to_images, to_tensor
@@ -33,6 +34,7 @@ from latentgen.run.plan import Plan
 from latentgen.run.recipe import make_recipe
 from latentgen.run.residency import Residency
 from latentgen.run.result import Result
+from latentgen.run.shortcuts import exact
 from latentgen.run.sizing import source_pixels
 from latentgen.run.words import Script, Speaker
 
@@ -121,8 +123,9 @@ class Work:
 
     def denoiser(self, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
         """The network with all that is wrapped around it."""
-        plan = self.plan
-        denoise = worded(self.family, network(self.family, modules), plan, script)
+        plan, asked = self.plan, Asked()
+        modules = exact(self.family, modules, asked, plan=plan, script=script, device=self.residency.device)
+        denoise = worded(self.family, network(self.family, modules, asked), plan, script)
         if z0 is not None and plan.source is not None and plan.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(plan.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise

@@ -1,0 +1,142 @@
+"""Adaptive layer norms of transformers, evaluated once for all levels of a run instead of in every step (Peebles and Xie 2023, DiT).
+
+What they compute (shift, scale and gate of every block) depends on the level, the pooled words and the guidance alone, all known before the first
+step. So their weights, about a quarter of such a network, are read once and need not be there while it samples.
+
+Knows modules by what they have: a part of the network that embeds the time, and behind it linears that read nothing else. Knows no family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.models.asked import Asked
+from latentgen.models.family import Conditioning
+from latentgen.models.view import view
+
+EMBEDDERS = ("time_text_embed", "time_guidance_embed", "t_embedder", "adaln_single")  # children that make of a level what the blocks are told
+WHOLE = ("adaLN_modulation", "img_mod", "txt_mod")  # a Sequential with a linear in it, told the embedding itself
+Key = tuple[float, Conditioning]
+
+
+class Told(Exception):
+    """What the embedder answered: it leaves a network that is asked for nothing more."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__("the network was asked for its time embedding only")
+        self.answer = answer
+
+
+class _Stop(nn.Module):
+    """An embedder that ends the call with its answer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise Told(self.inner(*args, **kwargs))
+
+
+class Known(nn.Module):
+    """Stands for a module whose answers are in a table; asks the module itself about what is not.
+
+    Attributes:
+        table: (time, conditioning) -> the answer of batch 1, a tensor or a tuple of them.
+    """
+
+    def __init__(self, inner: nn.Module, asked: Asked, table: dict[Key, Any]) -> None:
+        super().__init__()
+        self.asked, self.table = asked, table
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        level, rows = self.asked.level, self.asked.rows
+        if level is None or not rows or any((level.time, words) not in self.table for words, _ in rows):
+            return self.inner(*args, **kwargs)
+        answers = [self.table[level.time, words] for words, _ in rows]
+        if isinstance(answers[0], tuple):
+            return tuple(_joined(each) for each in zip(*answers, strict=True))
+        return _joined(answers)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """The modules of one network that depend on the level alone, by name.
+
+    Attributes:
+        embedder: makes the embedding that all the others read.
+        heads: each computes of it what a block is told.
+        activated: those of them that see it after SiLU (their owner applies that).
+    """
+
+    embedder: str
+    heads: dict[str, nn.Module] = field(repr=False)
+    activated: frozenset[str]
+
+    def weights(self) -> Iterator[str]:
+        """Names of the parameters that a network can do without once the table is made."""
+        for name, head in self.heads.items():
+            yield from (f"{name}.{each}" for each, _ in head.named_parameters())
+
+
+def find_modulations(net: nn.Module) -> Modulations | None:
+    """What of a network depends on the level alone, or None where there is nothing of the kind."""
+    embedder = next((name for name in EMBEDDERS if isinstance(getattr(net, name, None), nn.Module)), None)
+    if embedder is None:
+        return None
+    heads: dict[str, nn.Module] = {}
+    activated = set()
+    for name, module in net.named_modules():
+        if name.split(".")[0] == embedder:
+            continue
+        activation = getattr(module, "silu", None) or getattr(module, "act_fn", None)
+        if isinstance(activation, nn.SiLU) and isinstance(getattr(module, "linear", None), nn.Linear) and getattr(module, "emb", None) is None:
+            heads[f"{name}.linear"] = module.linear
+            activated.add(f"{name}.linear")
+        elif name.rpartition(".")[2] in WHOLE and isinstance(module, nn.Sequential):
+            heads[name] = module
+    return Modulations(embedder, heads, frozenset(activated))
+
+
+def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[[nn.Module], Any]]]) -> nn.Module:
+    """A view of a network that looks its modulations up; the network itself where it has none, or tells more than one row of each call.
+
+    Args:
+        calls: of every level and conditioning of the run, (time, conditioning) and a function that calls a network with them, on one picture.
+            The calls end at the embedder, so no block runs.
+    """
+    found = find_modulations(net)
+    if found is None:
+        return net
+    ending = view(net, lambda name, module: _Stop(module) if name == found.embedder else None)
+    embedded: dict[Key, Any] = {}
+    for key, call in calls:
+        if key not in embedded:
+            try:
+                call(ending)
+            except Told as told:
+                embedded[key] = told.answer
+    if not embedded or any(len(row) != 1 for answer in embedded.values() for row in (answer if isinstance(answer, tuple) else (answer,))):
+        return net
+    tables = {found.embedder: embedded}
+    if found.heads:
+        stacked = torch.cat([answer[-1] if isinstance(answer, tuple) else answer for answer in embedded.values()])
+        tables |= {name: dict(zip(embedded, _answers(head, stacked, activated=name in found.activated), strict=True)) for name, head in found.heads.items()}
+    return view(net, lambda name, module: Known(module, asked, tables[name]) if name in tables else None)
+
+
+def _answers(head: nn.Module, embedded: Tensor, *, activated: bool) -> tuple[Tensor, ...]:
+    """(n, width) embeddings -> n answers (1, m), all by one product, so that the weights are read once."""
+    dtype = next(head.parameters()).dtype
+    with torch.no_grad():
+        return head((nn.functional.silu(embedded) if activated else embedded).to(dtype)).split(1)

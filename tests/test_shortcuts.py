@@ -1,0 +1,170 @@
+"""What a run computes once: modulations for all levels, first layers for both sides of guidance. The picture is the plain path's up to rounding."""
+
+import pytest
+import torch
+from tiny_folders import tiny
+
+import latentgen
+from latentgen.diffusion.level import Level
+from latentgen.models.asked import Asked
+from latentgen.models.family import Conditioning
+from latentgen.models.modulation import find_modulations, modulated
+from latentgen.models.shared import Once, before_words
+from latentgen.run import work
+from latentgen.run.batch import joined, repeated
+
+HEADS = {"flux1": 4, "flux2": 4, "sd3": 5, "zimage": 4, "qwenimage": 3, "pixart": 0}  # of the tiny networks: linears that read the level alone
+UNETS = ("sd15", "sd15-inpaint", "sd15-instruct", "sd21", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    def load(kind):
+        return latentgen.load(tiny(kind).save(tmp_path_factory.mktemp(kind)), dtype="float32", device="cpu", progress=False)
+
+    return load
+
+
+def network_of(pipe):
+    with pipe.residency.use("denoiser") as modules:
+        return next(iter(modules.values()))
+
+
+def plainly(monkeypatch):
+    monkeypatch.setattr(work, "exact", lambda family, modules, asked, **_: modules)
+
+
+def options(pipe, kind):
+    said = {"steps": 3, "seed": 1, "width": 64, "height": 64, "batch": 2}
+    if pipe.family.guidance in ("cfg", "image"):
+        said |= {"guidance_scale": 4.0, "negative_prompt": "a blue car"}
+    else:
+        said |= {"true_cfg_scale": 3.0, "negative_prompt": "a blue car"}
+    return said
+
+
+def make(pipe, kind, **more):
+    from PIL import Image
+
+    said = options(pipe, kind) | more
+    if kind == "sd15-instruct":
+        return pipe.edit("a red heart", Image.new("RGB", (64, 64), "teal"), **said)
+    return pipe.txt2img("a red heart", **said)
+
+
+@pytest.mark.parametrize("kind", [*HEADS, *UNETS])
+def test_the_picture_is_that_of_the_plain_path(load, kind, monkeypatch):
+    pipe = load(kind)
+    short = make(pipe, kind)
+    plainly(monkeypatch)
+    plain = make(pipe, kind)
+    size = plain.latents.abs().max()
+    assert (short.latents - plain.latents).abs().max() <= 1e-5 * size
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_each_modulation_is_evaluated_once_for_all_levels(load, kind):
+    """Counted on the very linears of the shared network, which a run may call but not change."""
+    pipe = load(kind)
+    net = network_of(pipe)
+    found = find_modulations(net)
+    assert len(found.heads) == HEADS[kind]
+    rows = []
+    hooks = [head.register_forward_hook(lambda m, args, out: rows.append(len(out))) for head in found.heads.values()]
+    embedder = getattr(net, found.embedder)
+    times = []
+    hooks.append(embedder.register_forward_hook(lambda m, args, out: times.append(1)))
+    made = make(pipe, kind)
+    for hook in hooks:
+        hook.remove()
+    sides = 1 if made.plan.batching == "off" else 2
+    assert rows == [3 * sides] * HEADS[kind]  # three levels, on each side
+    assert len(times) == 3 * sides
+    before = make(pipe, kind)
+    assert torch.equal(before.latents, made.latents)
+
+
+def test_the_weights_of_modulations_are_about_a_quarter():
+    """Of the published FLUX.1 sizes, counted on the meta device at two and four blocks and scaled to nineteen and thirty-eight."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        net = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    found = find_modulations(net)
+    sizes = {name: net.get_parameter(name).numel() for name in found.weights()}
+    double = sum(n for name, n in sizes.items() if name.startswith("transformer_blocks"))
+    single = sum(n for name, n in sizes.items() if name.startswith("single_transformer_blocks"))
+    whole = 19 * sum(p.numel() for p in net.transformer_blocks.parameters()) + 38 * sum(p.numel() for p in net.single_transformer_blocks.parameters())
+    assert 0.25 < (19 * double + 38 * single) / whole < 0.3
+
+
+def test_a_level_that_was_not_foreseen_is_asked_of_the_network():
+    torch.manual_seed(0)
+    net = tiny("flux1").modules["transformer"]
+    asked, words = Asked(), Conditioning(torch.randn(1, 4, 32), torch.randn(1, 32))
+
+    def call(network, time=500.0):
+        grid = torch.cartesian_prod(torch.zeros(1), torch.arange(2.0), torch.arange(2.0))
+        return network(torch.ones(1, 4, 64), words.tokens, words.pooled, torch.full((1,), time / 1000), img_ids=grid, txt_ids=torch.zeros(4, 3),
+                       guidance=torch.tensor([3.5]), return_dict=False)[0]
+
+    seen = modulated(net, asked, [((500.0, words), call)])
+    for time in (500.0, 250.0):
+        asked.tell(Level(0.5, 0.5, time), repeated(words, 1))
+        torch.testing.assert_close(call(seen, time), call(net, time), rtol=1e-5, atol=1e-5)
+    asked.rows = ()  # nobody tells: the network answers as ever
+    assert torch.equal(call(seen, 250.0), call(net, 250.0))
+
+
+def test_sampling_with_an_adaptive_solver_is_right_too(load, monkeypatch):
+    pipe = load("flux1")
+    said = {"steps": 2, "seed": 1, "width": 64, "height": 64, "sampler": "rk45", "sampler_options": {"rtol": 0.5}}
+    short = pipe.txt2img("a red heart", **said)
+    plainly(monkeypatch)
+    plain = pipe.txt2img("a red heart", **said)
+    assert (short.latents - plain.latents).abs().max() <= 1e-4 * plain.latents.abs().max()
+
+
+def test_what_comes_before_the_words_is_computed_once_for_both_sides(load):
+    pipe = load("sd15")
+    net = network_of(pipe)
+    names = [name for name in before_words(net)]
+    assert names == ["conv_in", "down_blocks.0.resnets.0", *(f"down_blocks.0.attentions.0.{n}" for n in
+                                                             ("norm", "proj_in", "transformer_blocks.0.norm1", "transformer_blocks.0.attn1"))]
+    rows = {}
+    hooks = [net.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: rows.setdefault(name, []).append(len(out)))
+             for name in (*names, "mid_block")]
+    make(pipe, "sd15")
+    for hook in hooks:
+        hook.remove()
+    assert rows.pop("mid_block") == [2] * 6  # two pictures, three steps, both sides in one call
+    assert rows == {name: [1] * 6 for name in names}
+
+
+def test_where_the_sides_differ_from_the_start_nothing_is_shared(load):
+    """A picture that guides is an input of the first layer, and one side does not see it."""
+    pipe = load("sd15-instruct")
+    net = network_of(pipe)
+    rows = []
+    hook = net.conv_in.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    make(pipe, "sd15-instruct", batch=1)
+    hook.remove()
+    assert rows == [3] * 3
+
+
+@pytest.mark.parametrize(("texts", "pictures", "sides"), [(2, 1, 2), (2, 3, 2), (3, 2, 3), (1, 4, 1)])
+def test_sides_are_told_by_the_rows(texts, pictures, sides):
+    asked = Asked()
+    words = [Conditioning(torch.zeros(1, 2, 2)) for _ in range(texts)]
+    asked.tell(Level(1.0, 0.0, 0.0), joined([repeated(c, pictures) for c in words]))
+    assert (asked.sides, asked.heard) == (sides, tuple(words))
+
+
+def test_rows_in_another_order_are_not_taken_for_sides():
+    asked = Asked()
+    a, b = (Conditioning(torch.zeros(1, 2, 2)) for _ in range(2))
+    asked.rows = ((a, 0), (b, 0), (a, 1), (b, 1))
+    assert asked.sides == 1
+    inner = torch.nn.Linear(3, 3)
+    x = torch.randn(4, 3)
+    assert torch.equal(Once(inner, asked)(x), inner(x))
