@@ -75,7 +75,7 @@ def slerp(a: Tensor, b: Tensor, share: float, *, dim: int | tuple[int, ...]) -> 
     angle = torch.acos(cosine)
     sine = torch.sin(angle)
     arc = torch.sin((1 - share) * angle) / sine * a + torch.sin(share * angle) / sine * b
-    return torch.where((cosine.abs() < 1 - 1e-6) & torch.isfinite(arc), arc, (1 - share) * a + share * b)
+    return torch.where((cosine.abs() < 1 - 1e-6) & torch.isfinite(arc), arc, torch.lerp(a, b, share))
 
 
 def centred(noise: Tensor, ground: Tensor) -> Tensor:
