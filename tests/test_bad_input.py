@@ -69,7 +69,10 @@ def refused(call, *words, kind=RequestError):
                            np.array([0.1, 0.9])], "0 <= low < high <= 1"),
     ("eta", [-1, 2, math.nan, "1"], "from 0 to 1"),
     ("shift", [0, -1, math.nan, 1000], "from 0.01 to 100"),
-    ("seed", [-1, 2**63, 1.5, "lucky", True, 10**5000, [1, 2], torch.Generator()], "from 0 to 2**63 - 1"),
+    ("seed", [-1, 2**63, 1.5, "lucky", True, 10**5000, [], [1, -1], [1, "2"], [1, True], [1.0], range(65), {1, 2}, np.array([1, 2]), torch.Generator()],
+     "from 0 to 2**63 - 1, or a list of 1 to 64"),
+    ("variation_seed", [-1, 2**63, "lucky", [], [3, None]], "from 0 to 2**63 - 1, or a list of 1 to 64"),
+    ("variation_strength", [-0.1, 1.1, math.nan, "0.5", True], "from 0 (off) to 1"), ("seed_width", [0, 7, 8200, 64.0, "64", True], "from 8 to 8192"),
     ("batch", [0, -1, 65, 2.0, True, "2"], "from 1 to 64"),
     ("sampler", ["eulr", "", 5, ["euler"], "DPM++ 2M Karras", "\x00"], None),
     ("spacing", ["karas", "", 7, "sgm"], None),
@@ -98,7 +101,8 @@ def test_a_misspelt_name_is_understood(untouched, name, value, meant):
 
 @each("said, meant", [("num_inference_steps", "steps"), ("cfg_scale", "guidance_scale"), ("n_iter", "batch"), ("num_images_per_prompt", "batch"),
                       ("denoising_strength", "strength"),
-                      ("generator", "seed"), ("negative", "negative_prompt"), ("init_image", "image"), ("mask_image", "mask"),
+                      ("generator", "seed"), ("subseed", "variation_seed"), ("subseed_strength", "variation_strength"), ("seed_resize_from_w", "seed_width"),
+                      ("variation_amount", "variation_strength"), ("seeds", "seed"), ("negative", "negative_prompt"), ("init_image", "image"), ("mask_image", "mask"),
                       ("scheduler", "sampler"), ("stepz", "steps"),
                       ("Steps", "steps"), ("callback", "on_step"), ("guidance_scal", "guidance_scale")])
 def test_an_unknown_option_is_understood(untouched, said, meant):
@@ -154,6 +158,15 @@ def test_the_last_seeds(pipe):
     refused(lambda: pipe.plan("a cat", seed=2**63 - 1, batch=2), "seed is 9223372036854775807 with a batch of 2")
 
 
+@each("options, words", [
+    ({"seed": [1, 2], "batch": 3}, "seed holds 2 seeds but 3 pictures are asked for: give one for each picture, and leave batch out"),
+    ({"seed": [1, 2], "variation_seed": [3], "variation_strength": 0.1}, "holds"), ({"seed_width": 64}, "seed_width is given alone"),
+    ({"seed_width": 63, "seed_height": 64}, "seed_width is 63: expected a multiple of 8, so use 56 or 64"),
+    ({"variation_seed": 2**63 - 1, "variation_strength": 0.1, "batch": 2}, "variation_seed is 9223372036854775807 with a batch of 2")], ids=str)
+def test_seeds_that_do_not_fit_together(untouched, options, words):
+    refused(lambda: untouched.plan("a cat", **options), words)
+
+
 # Things said together
 
 
@@ -163,7 +176,8 @@ CONTRADICTIONS = [
     ({"eta": 0.5, "sampler": "ddim", "sampler_options": {"eta": 0.0}}, "eta is given twice"),
     ({"eta": 0.5, "sampler": "euler"}, "sampler 'euler' has no eta"), ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_scale is 1"),
     ({"guidance_interval": (0.2, 0.8), "guidance_scale": 1}, "guidance_scale is 1"), ({"shift": 3.0}, "rectified flow"),
-    ({"strength": 0.5}, "txt2img has nothing to keep"),
+    ({"strength": 0.5}, "txt2img has nothing to keep"), ({"variation_seed": 3}, "variation_seed is given but variation_strength is 0"),
+    ({"variation_seed": 3, "variation_strength": 0.0}, "pass variation_strength above 0"),
     ({"feather": 4}, "feather is given but this is txt2img"), ({"image": grey(), "left": 8, "strength": 0.5}, "outpaint has nothing to keep")]
 
 

@@ -58,9 +58,15 @@ WORDS: Group = (
     _option(_P, "weighting", str | None, "--weighting", "By which rule weights in a prompt hold: a1111, a1111_no_norm or comfy. Default: the dialect's.",
             metavar="NAME"),
     _option(_P, "clip_skip", int, "--clip-skip", "Which layer of CLIP is read: 1 the model's own, 2 the one before it.", default=1),
-    _option(_P, "seed", int | None, "--seed",
-            "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Default: a new one, which is reported."),
-    _option(_P, "batch", int, "--batch", "How many pictures, 1 to 64; picture i uses seed + i.", default=1),
+    _option(_P, "seed", list[str] | None, "--seed", "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Several, as 3,7,11, give one "
+            "picture each. Default: a new one, which is reported.", metavar="N"),
+    _option(_P, "variation_strength", float | None, "--variation-strength",
+            "0 to 1: how far the noise is turned to that of --variation-seed. A batch then has one seed, and varies it.", metavar="SHARE"),
+    _option(_P, "variation_seed", list[str] | None, "--variation-seed", "As --seed; picture i of a batch uses it + i. Default: a new one, which is reported.",
+            metavar="N"),
+    *(_option(_P, f"seed_{side}", int | None, f"--seed-{side}", f"The {side} that the seed's noise is drawn for, and placed in this picture's middle.",
+              metavar="PIXELS") for side in ("width", "height")),
+    _option(_P, "batch", int | None, "--batch", "How many pictures, 1 to 64; picture i uses seed + i. Default: 1, or one of each seed."),
 )
 SIZE: Group = (
     _option(_P, "width", int | None, "--width",

@@ -132,9 +132,18 @@ def _check_order(prompt: str, image: Path) -> None:
 
 def _given(said: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in said.items() if value is not None and value != []}
+    given |= {name: _seeds(name, given[name]) for name in ("seed", "variation_seed") if name in given}
     if "sampler_options" in given:
         given["sampler_options"] = dict(_sampler_option(text) for text in given["sampler_options"])
     return given
+
+
+def _seeds(name: str, said: list[str]) -> int | list[int]:
+    """`--seed 3`, `--seed 3,7,11`, or `--seed 3 --seed 7`."""
+    texts = [text.strip() for one in said for text in one.split(",")]
+    if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in texts):
+        raise RequestError(f"--{name.replace('_', '-')} is {','.join(said)!r:.60}: expected a whole number from 0 to 2**63 - 1, or several as 3,7,11")
+    return int(texts[0]) if len(texts) == 1 else [int(text) for text in texts]
 
 
 def _sampler_option(text: str) -> tuple[str, float | int | str]:
@@ -175,11 +184,10 @@ def _save(result: Result, output: Path | None, quality: int) -> list[Path]:
     if output is not None and not os.path.isdir(output):
         return result.save(output, quality=quality)
     from latentgen.pixels.save import save_image
-    from latentgen.run.recipe import metadata
 
     words = slug(result.plan.request.prompt)
-    return [save_image(image, free_name(output or Path(), f"{words}-{seed}"), metadata=metadata(result.recipe, seed, image))
-            for image, seed in zip(result.images, result.seeds, strict=True)]
+    return [save_image(image, free_name(output or Path(), f"{words}-{seed}"), metadata=result.metadata(n))
+            for n, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True))]
 
 
 def slug(prompt: str) -> str:
@@ -209,8 +217,8 @@ def _report(result: Result, files: list[Path], *, quiet: bool, as_json: bool) ->
 
 def _plan_data(made: Plan) -> dict[str, Any]:
     """A plan as plain data: every field but the request and the picture, prompts as their counts, levels as numbers."""
-    data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("request", "source", "prompt", "negative", "levels")}
-    data |= {"steps": made.steps, "options": dict(made.options), "weights": dict(made.weights)}
+    data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("request", "source", "prompt", "negative", "levels", "noise")}
+    data |= {"steps": made.steps, "seeds": made.seeds, "noise": asdict(made.noise), "options": dict(made.options), "weights": dict(made.weights)}
     for name, text in (("prompt", made.prompt), ("negative", made.negative)):
         data[name] = {"text": text.text, "tokens": text.tokens, "chunks": len(text.ids)}
         data[name] |= {"said": str(text)} if len(text.spans) > 1 or text.composed > 1 else {}

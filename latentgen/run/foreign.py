@@ -22,12 +22,12 @@ _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, s
     "Steps": ("steps", whole), "CFG scale": ("guidance_scale", number), "Image CFG scale": ("image_guidance_scale", number),
     "Clip skip": ("clip_skip", whole), "Eta": ("eta", number), "Eta DDIM": ("eta", number), "Shift": ("shift", number),
     "CFG Rescale phi": ("guidance_rescale", number), "CFG rescale": ("guidance_rescale", number),
-    "Variation seed": ("variation_seed", whole), "Variation seed strength": ("variation_strength", number),
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
-         "Distilled CFG Scale"}
+         "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength"}
 _SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser"}  # they say nothing about the picture
-_FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end")
+_FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end",
+           "variation_strength")
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
 
 
@@ -68,12 +68,15 @@ def from_parameters(read: Parameters) -> Foreign:
             found.take("true_cfg_scale", cfg, number, said="CFG scale")
     schedule = settings.get("Schedule type") or settings.get("Scheduler")
     found.take_sampler(settings.get("Sampler"), schedule, program="A1111", usual="leading" if settings.get("Sampler") == "DDIM" else "normal")
-    size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", settings.get("Size", ""))
-    if size:
-        found.take("width", size[1], whole, said="Size")
-        found.take("height", size[2], whole, said="Size")
+    for setting, field in (("Size", ""), ("Seed resize from", "seed_")):
+        size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", settings.get(setting, ""))
+        if size:
+            found.take(f"{field}width", size[1], whole, said=setting)
+            found.take(f"{field}height", size[2], whole, said=setting)
     if found.take("seed", settings.get("Seed"), whole, said="Seed") and not found.tool.startswith("latentgen") and settings.get("RNG") != "CPU":
         found.note(f"{found.tool} draws its noise on the GPU unless its file says RNG: CPU, so this seed gives another picture here")
+    if found.take("variation_strength", settings.get("Variation seed strength"), number, said="Variation seed strength"):
+        found.take("variation_seed", settings.get("Variation seed"), whole, said="Variation seed")
     _picture_settings(settings, found)
     found.model = base_name(settings["Model"]) if "Model" in settings else ""
     _rest(settings, found)
@@ -119,7 +122,7 @@ def from_diffusers(data: Mapping[str, Any]) -> Foreign | None:
         return None
     found = Found(base_name(data.get("version") or data.get("software") or "diffusers"))
     found.take_prompts(*(next((data[key] for key in data if names[key] == wanted), None) for wanted in ("prompt", "negative_prompt")))
-    kinds = dict.fromkeys(("steps", "seed", "width", "height", "clip_skip"), whole) | dict.fromkeys(_FLOATS, number)
+    kinds = dict.fromkeys(("steps", "seed", "width", "height", "clip_skip", "variation_seed", "seed_width", "seed_height"), whole) | dict.fromkeys(_FLOATS, number)
     for key, name in names.items():
         value = data[key]
         if key == "clip_skip" and isinstance(value, int) and "num_inference_steps" in data:

@@ -163,6 +163,9 @@ class _Reader:
         steps = self.said(sampler, "steps") or self.said(sigmas, "steps")
         found.take("steps", steps, whole)
         found.take("seed", self.said(noise, "noise_seed", "seed"), whole)
+        if self.said(noise, "variation_strength") and found.take("variation_strength", self.said(noise, "variation_strength"), number):
+            found.take("variation_seed", self.said(noise, "variation_seed"), whole)
+            found.note("its noise was varied by a node's own rule, here by A1111's: the picture is near, not the same")
         self.texts(guider)
         cfg = self.said(guider, "cfg") if "cfg" in guider["inputs"] else 1.0
         if "guidance_scale" not in found.fields:  # else a node of the conditioning set what the model has built in

@@ -18,7 +18,7 @@ _NUMBERS = {"steps": ("steps", whole), "seed": ("seed", whole), "width": ("width
 _ADDED = {"loras": "LoRA", "controlnets": "ControlNet", "ipAdapters": "IP-Adapter", "t2iAdapters": "T2I-Adapter", "vae": "VAE",
           "refiner_model": "refiner",
           "control_layers": "control layer", "ref_images": "reference picture"}
-_NO_MATCH = ("hrf_enabled", "seamless_x", "seamless_y", "seamless", "hires_fix", "perlin", "threshold", "variations", "facetool", "upscale",
+_NO_MATCH = ("hrf_enabled", "seamless_x", "seamless_y", "seamless", "hires_fix", "perlin", "threshold", "facetool", "upscale",
              "postprocessing")
 _FLAGS = {"-s": ("steps", whole), "-S": ("seed", whole), "-W": ("width", whole), "-H": ("height", whole), "-C": ("guidance_scale", number),
           "-f": ("strength", number)}
@@ -69,6 +69,7 @@ def from_old_invoke(data: Mapping[str, Any]) -> Foreign | None:
     if texts[1:]:
         found.note(f"{len(texts) - 1} more prompts, each with a weight of its own, have no equivalent here")
     _numbers(found, image)
+    _variations(found, image.get("variations"))
     found.take_sampler(image.get("sampler"), program="InvokeAI")
     found.model = base_name(data.get("model_weights") or data.get("model") or "")
     if image.get("type") == "img2img":
@@ -118,6 +119,16 @@ def _numbers(found: Found, data: Mapping[str, Any]) -> None:
     for name, (field, kind) in _NUMBERS.items():
         if name in data and not (name == "strength" and data.get("generation_mode") in ("txt2img",)):
             found.take(field, data[name], kind, said=name)
+
+
+def _variations(found: Found, said: Any) -> None:
+    """The first seed that the noise was turned to: one alone has an equivalent here, by A1111's rule, which is near to InvokeAI's."""
+    each = [one for one in said if isinstance(one, dict)] if isinstance(said, list) else []
+    if each and found.take("variation_strength", each[0].get("weight"), number, said="weight of a variation"):
+        found.take("variation_seed", each[0].get("seed"), whole, said="seed of a variation")
+        found.note("InvokeAI turns the noise as a whole to that of a variation, here it is turned column by column as in A1111: the picture is near, not the same")
+    if each[1:]:
+        found.note(f"{len(each)} variations were combined there: only the first was taken over")
 
 
 def _additions(found: Found, data: Mapping[str, Any]) -> None:

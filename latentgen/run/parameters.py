@@ -52,6 +52,8 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "CFG scale": recipe["true_cfg_scale"] if built_in else recipe.get("guidance_scale"),
         "Distilled CFG Scale": recipe.get("guidance_scale") if built_in else None, "Image CFG scale": recipe.get("image_guidance_scale"),
         "Seed": recipe.get("seed"), "Size": f"{width}x{height}" if width and height else None, "Model": recipe.get("model"),
+        "Variation seed": recipe.get("variation_seed"), "Variation seed strength": recipe.get("variation_strength"),
+        "Seed resize from": f"{recipe['seed_width']}x{recipe['seed_height']}" if "seed_width" in recipe else None,
         "Denoising strength": recipe.get("strength"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }

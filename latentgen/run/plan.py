@@ -5,7 +5,6 @@ All errors about input are raised here.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from latentgen.errors import RequestError
 from latentgen.models.family import Family
 from latentgen.run.guiding import guidance_of
 from latentgen.run.levels import levels_of
+from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import Source, open_references, sized
 from latentgen.run.texts import PlannedText, plan_texts, resolved
 
@@ -43,6 +43,7 @@ class Plan:
         cfg_scale: weight of the evaluations against each other: guidance_scale, or true_cfg_scale where the model has guidance built in; 1 is off.
         batching: how a guided evaluation runs: "pair", "triple" or, where AND joins prompts, "several" (in one call), or "off" (no guidance).
         evaluations: how often the network sees one picture, exactly: two or more for each guided level that a sampler asks about, else one.
+        noise: the seeds of the pictures and of their variations; `seeds` are the former.
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. On a CPU 1, so that a picture never depends on its batch.
         tile: side of an autoencoder tile in pixels, or None.
@@ -55,7 +56,7 @@ class Plan:
     width: int
     height: int
     crop: tuple[int, int]
-    seeds: tuple[int, ...]
+    noise: Seeds
     asked_steps: int
     first_step: int
     levels: tuple[Level, ...]
@@ -84,6 +85,11 @@ class Plan:
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """One of each picture."""
+        return self.noise.own
+
+    @property
     def steps(self) -> int:
         """Levels that the denoiser visits, after strength."""
         return len(self.levels) - 1
@@ -93,7 +99,7 @@ class Plan:
         first, last = self.levels[0], self.levels[-2]
         guidance = f"{self.guidance_scale:g} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
         rows = {
-            "model": self.model, "task": self.task, "size": size, "seeds": ", ".join(map(str, self.seeds)),
+            "model": self.model, "task": self.task, "size": size, "seeds": str(self.noise),
             "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v}" for k, v in self.options.items()),
             "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
@@ -151,18 +157,10 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     evaluations = sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, seeds=_seeds(request),
+        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, noise=seeds_of(request, family.latent, refuse),
         asked_steps=request.steps or defaults.steps, first_step=full.index(levels[0]) + 1, levels=levels, sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
         evaluations=evaluations, notes=tuple(notes), source=source, references=references)
-
-
-def _seeds(request: Request) -> tuple[int, ...]:
-    """One seed per picture, counted up from the one said or drawn."""
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    if seed + request.batch > 2**63:
-        raise RequestError(f"seed is {seed} with a batch of {request.batch}: picture i has seed + i, which may not pass 2**63 - 1, so give a smaller seed")
-    return tuple(range(seed, seed + request.batch))

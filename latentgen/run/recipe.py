@@ -89,7 +89,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
         "dialect": request.dialect, "weighting": plan.weighting,
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
-        "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), "seed": plan.seeds[0],
+        "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), **_seeds(plan),
         **{name: value for name, value in plan.options.items() if name in Request.model_fields}}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
     recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in
@@ -105,13 +105,14 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     return recipe | {"dtype": plan.dtype, "device": plan.device.split(":")[0], "versions": _versions(plan.device), "notes": list(notes)}
 
 
-def metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image | None = None) -> dict[str, str]:
-    """What goes into one picture's file: the recipe with that picture's own seed and a batch of one, and the same for other programs.
+def metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image | None = None, *, variation_seed: int | None = None) -> dict[str, str]:
+    """What goes into one picture's file: the recipe with that picture's own seeds and a batch of one, and the same for other programs.
 
     Args:
         image: the picture itself. Its hash lets a file that is not exact (JPEG, WebP) be checked when it is made again.
     """
     own = {k: v for k, v in recipe.items() if k != "batch"} | {"seed": seed}
+    own |= {} if variation_seed is None else {"variation_seed": variation_seed}
     own |= {} if image is None else {"pixels_sha256": picture_hash(image)}
     size = None if image is None else image.size
     return {KEY: json.dumps(own, ensure_ascii=False, sort_keys=True), PARAMETERS: write_parameters(own, size=size)}
@@ -174,6 +175,13 @@ def _said(request: Request) -> dict[str, Any]:
         if name not in PICTURES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def _seeds(plan: Plan) -> dict[str, Any]:
+    """The seeds as they were said, or the first where they count up, those drawn among them."""
+    noise, request = plan.noise, plan.request
+    each = {"seed": (request.seed, noise.own), "variation_seed": (request.variation_seed, noise.variations)}
+    return {name: list(used) if isinstance(said, tuple) else used[0] for name, (said, used) in each.items() if used}
 
 
 def _versions(device: str) -> dict[str, str]:

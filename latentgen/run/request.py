@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from latentgen.conditioning.prompt import check_text, shown
 from latentgen.errors import RequestError
 
+SEED = "a whole number from 0 to 2**63 - 1, or a list of 1 to 64 of them"
 EXPECTED = {
     "width": "a whole number of pixels from 8 to 8192", "height": "a whole number of pixels from 8 to 8192",
     "steps": "a whole number from 1 to 1000", "guidance_scale": "a number from 0 to 100 (1 turns guidance off)",
     "guidance_rescale": "a number from 0 to 1", "guidance_interval": "two numbers, low and high, 0 <= low < high <= 1 (1 is noise)",
     "strength": "a number above 0 and up to 1", "eta": "a number from 0 to 1", "shift": "a number from 0.01 to 100",
-    "seed": "a whole number from 0 to 2**63 - 1", "batch": "a whole number from 1 to 64", "sampler": "a sampler's name", "spacing": "a spacing's name",
+    "seed": SEED, "variation_seed": SEED, "variation_strength": "a number from 0 (off) to 1",
+    "batch": "a whole number from 1 to 64", "sampler": "a sampler's name", "spacing": "a spacing's name",
     "true_cfg_scale": "a number from 1 (off) to 100", "image_guidance_scale": "a number from 0 to 100", "clip_skip": "a whole number from 1 (off) to 12",
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
@@ -27,8 +29,10 @@ EXPECTED = {
     "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
+EXPECTED |= {side: "a whole number of pixels from 8 to 8192, a multiple of the model's latents" for side in ("seed_width", "seed_height")}
 PAIRS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size")
 EXPECTED |= {name: "two whole numbers, height and width (or y and x), from 0 to 16384" for name in PAIRS}
+SEEDS = ("seed", "variation_seed")
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
 
 ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
@@ -36,7 +40,10 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "n_iter": "batch", "batch_size": "batch", "num_images_per_prompt": "batch", "num_images": "batch", "n": "batch", "iterations": "batch",
     "denoising_strength": "strength", "denoise": "strength", "sampler_name": "sampler", "sampler_index": "sampler", "scheduler": "sampler",
     "positive": "prompt", "positive_prompt": "prompt", "text": "prompt", "negative": "negative_prompt", "init_image": "image", "input_image": "image",
-    "init_images": "image", "mask_image": "mask", "generator": "seed", "noise_seed": "seed", "sigmas": "spacing", "timestep_spacing": "spacing",
+    "init_images": "image", "mask_image": "mask", "generator": "seed", "noise_seed": "seed", "seeds": "seed", "all_seeds": "seed",
+    "subseed": "variation_seed", "subseed_strength": "variation_strength", "variation_amount": "variation_strength", "with_variations": "variation_seed",
+    "all_subseeds": "variation_seed", "variation_seed_strength": "variation_strength", "seed_resize_from_w": "seed_width", "seed_resize_from_h": "seed_height",
+    "sigmas": "spacing", "timestep_spacing": "spacing",
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
@@ -58,7 +65,11 @@ class Request(BaseModel):
         guidance_rescale: 0 to 1 (Lin et al. 2023). guidance_interval: part of the path, 0 clean to 1 noise (Kynkaanniemi et al. 2024).
         sampler_options: what the sampler takes beside (`latentgen samplers NAME` lists it), as {"s_churn": 10}.
         eta: noise of the DDIM sampler and the ancestral ones, 0 to 1. shift: shift of the levels (1 is none).
-        seed: picture i of a batch uses seed + i; None draws one and reports it.
+        seed: picture i of a batch uses seed + i, or a list says each; None draws one and reports it.
+        variation_strength: 0 to 1, how far the noise is turned to that of `variation_seed` (A1111's variation seed). Then all pictures of a batch have
+            the same seed, and picture i the variation seed + i, or a list says each.
+        seed_width, seed_height: another size, whose noise stands in the middle of this picture's (A1111's seed resize), which keeps something of the
+            picture that the seed gives there.
         image, mask: PIL picture, path, bytes, array or tensor; white in the mask is repainted.
         strength: share of the steps that an edit runs, above 0 to 1.
         left, right, top, bottom: pixels that outpaint adds. feather: soft rim of the outpaint mask.
@@ -96,7 +107,11 @@ class Request(BaseModel):
     sampler_options: dict[str, float | int | str] | None = None
     eta: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     shift: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    seed: int | tuple[int, ...] | None = None
+    variation_seed: int | tuple[int, ...] | None = None
+    variation_strength: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed_width: int | None = Field(None, ge=8, le=8192)
+    seed_height: int | None = Field(None, ge=8, le=8192)
     batch: int = Field(1, ge=1, le=64)
     image: Any = None
     mask: Any = None
@@ -132,6 +147,9 @@ class Request(BaseModel):
 
     def __init__(self, **said: Any) -> None:
         said = {name: value.item() if isinstance(value, np.generic) else value for name, value in said.items()}  # np.int64(20) is 20
+        listed = {len(said[name]) for name in SEEDS if isinstance(said.get(name), (list, tuple, range))}
+        if len(listed) == 1 and "batch" not in said:
+            said["batch"] = listed.pop()
         for name in PROMPTS:
             if name in said or name == "prompt":
                 check_text(said.get(name), name=name)
@@ -139,6 +157,17 @@ class Request(BaseModel):
             super().__init__(**said)
         except ValidationError as error:
             raise RequestError(_sentence(error)) from None
+
+    @field_validator(*SEEDS, mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        several = isinstance(value, (list, tuple, range))
+        each = tuple(one.item() if isinstance(one, np.integer) else one for one in (value if several else [value]))
+        if not 1 <= len(each) <= 64 or not all(type(one) is int and 0 <= one < 2**63 for one in each):
+            raise ValueError("not seeds")
+        return each if several else each[0]
 
     @field_validator("guidance_interval", mode="before")
     @classmethod
@@ -188,7 +217,10 @@ class Request(BaseModel):
 
     def replace(self, **changes: Any) -> Request:
         """A copy with some fields changed, checked again."""
-        return Request(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        if any(name in changes and isinstance(getattr(self, name), tuple) for name in SEEDS):
+            kept.pop("batch", None)  # which the list was as long as
+        return Request(**kept | changes)
 
 
 def _sentence(error: ValidationError) -> str:

@@ -74,7 +74,12 @@ class Result:
         target = Path(path)
         several = len(self.images) > 1
         names = [target.parent / f"{target.stem}-{n}{target.suffix}" if several else target for n in range(1, len(self.images) + 1)]
-        return [save_image(image, name, metadata=metadata(self.recipe, seed, image), quality=quality) for image, name, seed in zip(self.images, names, self.seeds, strict=True)]
+        return [save_image(image, name, metadata=self.metadata(n), quality=quality) for n, (image, name) in enumerate(zip(self.images, names, strict=True))]
+
+    def metadata(self, n: int) -> dict[str, str]:
+        """What the file of picture n (from 0) says of how it was made."""
+        variations = self.plan.noise.variations
+        return metadata(self.recipe, self.seeds[n], self.images[n], variation_seed=variations[n] if variations else None)
 
     def grid(self, columns: int | None = None) -> Image.Image:
         """All pictures on one white sheet, `columns` wide (by default near a square).

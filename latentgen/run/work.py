@@ -17,7 +17,6 @@ from torch import Tensor
 
 from latentgen.diffusion.guide import masked
 from latentgen.diffusion.level import Denoiser, noised, start
-from latentgen.diffusion.noise import SeededNoise
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.errors import NotFiniteError
@@ -65,7 +64,7 @@ class Work:
         timings["text"], phase = _since(phase)
         z0 = self.source_latents()
         timings["encode"], phase = _since(phase)
-        noise = SeededNoise(plan.seeds, self.family.latent.shape(plan.width, plan.height))
+        noise = plan.noise.noise(self.family.latent.shape(plan.width, plan.height), self.family.latent.factor)
         device = self.residency.device
         eps = noise.draw().to(device)
         x = self.start(z0, eps)
