@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from latentgen.errors import RequestError
+from latentgen.pixels.sheet import sheet
 from latentgen.run.pipeline import Pipeline
 from latentgen.run.request import Request
 from latentgen.run.result import Result
@@ -46,30 +46,6 @@ def live(pipe: Pipeline, request: Request | str, *, every: int = 1, size: int = 
 
 def _captioned(images: list[Image.Image], text: str, size: int, *, smooth: bool = False) -> Image.Image:
     return sheet(images, [text, *[""] * (len(images) - 1)], tile=size, smooth=smooth)
-
-
-def sheet(images: Sequence[Image.Image], labels: Sequence[str] | None = None, *, columns: int | None = None, tile: int = 192, smooth: bool = False) -> Image.Image:
-    """Pictures in a grid on white, each scaled to fit `tile` x `tile` pixels, with a label under it where labels are given.
-
-    Raises:
-        RequestError: no pictures, or another number of labels.
-    """
-    if not images:
-        raise RequestError("there are no pictures to lay out: pass at least one")
-    if labels is not None and len(labels) != len(images):
-        raise RequestError(f"there are {len(labels)} labels for {len(images)} pictures: pass one each")
-    columns = columns or min(len(images), 6)
-    rows, line = -(-len(images) // columns), 18 if labels else 0
-    page = Image.new("RGB", (columns * tile, rows * (tile + line)), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    for n, image in enumerate(images):
-        left, top = n % columns * tile, n // columns * (tile + line)
-        scale = tile / max(image.size)
-        small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC if smooth else Image.Resampling.LANCZOS)
-        page.paste(small, (left + (tile - small.width) // 2, top + (tile - small.height) // 2))
-        if labels is not None:
-            pen.text((left + tile / 2, top + tile + line / 2), labels[n], fill="black", font=font, anchor="mm")
-    return page
 
 
 class _Screen:

@@ -16,7 +16,6 @@ from latentgen.errors import ModelError, RequestError
 from latentgen.evaluate import choose, scores
 from latentgen.evaluate.colour import EDGES, RING, colour_scores, dominant_colour, hue_sector, named_colour, neighbours
 from latentgen.evaluate.glyph import evaluate
-from latentgen.evaluate.sheets import sheet
 from latentgen.evaluate.towers import Towers
 from latentgen.train.captions import Icon
 from latentgen.train.recolour import HUES, recolour
@@ -107,12 +106,6 @@ def test_nearest_equals_brute_force() -> None:
     assert row.tolist() == every.argmin(1).tolist() and row[3] == 17
     np.testing.assert_allclose(distance, every.min(1), atol=1e-3)
     assert scores.closeness(distance)["share_below_0.05"] == 0.2
-
-
-def test_a_sheet_holds_every_cell() -> None:
-    page = sheet([(Image.new("RGB", (8, 8), "red"), "a piñata that has a very long name indeed")] * 5, columns=3, side=40, lines=1)
-    reds = (np.asarray(page) == (255, 0, 0)).all(-1).sum()
-    assert reds == 5 * 40 * 40
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_live_previews_and_stops(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     monkeypatch.setattr(notebook._Screen, "show", lambda self, image: shown.append(image.size))
     result = notebook.live(pipe, "a cat", seed=1, steps=4, every=2, size=64)
-    assert result is not None and shown == [(64, 82)] * 3
+    assert result is not None and shown == [(72, 97)] * 3
     assert result.image.tobytes() == pipe.txt2img("a cat", seed=1, steps=4).image.tobytes()
 
     def interrupt(self, image) -> None:  # noqa: ANN001
@@ -37,17 +37,3 @@ def test_live_previews_and_stops(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     assert notebook.live(pipe, "a cat", seed=1) is None
     with pytest.raises(RequestError, match="every is 0"):
         notebook.live(pipe, "a cat", every=0)
-
-
-def test_sheet_lays_out_and_checks() -> None:
-    from PIL import Image
-
-    from latentgen.errors import RequestError
-    from latentgen.notebook import sheet
-
-    page = sheet([Image.new("RGB", (32, 16), "red")] * 5, list("abcde"), columns=3, tile=50)
-    assert page.size == (150, 136) and page.getpixel((25, 25)) == (255, 0, 0) and page.getpixel((25, 3)) == (255, 255, 255)
-    with pytest.raises(RequestError, match="2 labels for 1 pictures"):
-        sheet([page], ["a", "b"])
-    with pytest.raises(RequestError, match="at least one"):
-        sheet([])

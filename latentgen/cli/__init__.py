@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from latentgen.cli import inspecting, pictures, replaying, reports, samplers, training
+from latentgen.cli import inspecting, pictures, replaying, reports, samplers, series, training
 from latentgen.errors import LatentgenError, ModelError, OutputError, RequestError
 
 EXIT_CODES = ((RequestError, 2), (ModelError, 3), (OutputError, 4), (LatentgenError, 1))  # ImageError is a RequestError
@@ -68,6 +68,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 PICTURES, MODELS, MAKING = "Pictures", "Models", "Making and judging models"
 for function in (pictures.txt2img, pictures.img2img, pictures.inpaint, pictures.outpaint, pictures.edit, pictures.plan, pictures.explain):
     app.command(rich_help_panel=PICTURES, epilog=pictures.EXAMPLES[function.__name__])(function)
+app.command(rich_help_panel=PICTURES, epilog=series.EXAMPLES["grid"])(series.grid)
 for function in (replaying.recipe, replaying.replay):
     app.command(rich_help_panel=PICTURES, epilog=replaying.EXAMPLES[function.__name__])(function)
 app.command(rich_help_panel=MODELS, epilog=reports.EXAMPLES["models"])(reports.models)

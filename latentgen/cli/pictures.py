@@ -82,7 +82,7 @@ def plan(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     from latentgen.run.request import Request
 
     words = {name: value for name, value in said.items() if name in Request.model_fields}
-    request = Request(prompt=prompt, **_given(words))
+    request = Request(prompt=prompt, **given(words))
     made = opened({name: value for name, value in said.items() if name not in words}, progress=None).plan(request)
     typer.echo(json.dumps(_plan_data(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
@@ -91,7 +91,7 @@ def plan(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
 def explain(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     """Print how a prompt is read: its tokens with their weights, chunks, what is said in which step, and what is not heard. Loads no weights."""
     words = {name: said.pop(name) for name in ("dialect", "prompt_2", "prompt_3", "steps")}
-    made = opened(said, progress=None).explain(prompt, **_given(words))
+    made = opened(said, progress=None).explain(prompt, **given(words))
     typer.echo(json.dumps(asdict(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
 
@@ -99,11 +99,11 @@ def _make(task: str, *, output: Path | None, quality: int | None, show: bool, qu
     """The whole of a picture command. What can be wrong is found before the first step."""
     if show and as_json:
         raise RequestError("--show draws on stdout, where --json writes: use one of the two")
-    quality = _check_output(output, quality, strict=said["strict"])
+    quality = check_output(output, quality, strict=said["strict"])
     from latentgen.run.request import Request
 
     words = {name: value for name, value in said.items() if name in Request.model_fields}
-    request = Request(**_given(words))
+    request = Request(**given(words))
     pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False if quiet else None)  # has a bar where it downloads
     with Meter(shown=not quiet) as meter:
         meter.phase(f"loading {said['model']}")
@@ -130,7 +130,7 @@ def _check_order(prompt: str, image: Path) -> None:
         raise RequestError(f"the prompt {prompt!r} is a file, and the image {str(image)!r} is not there: give the words first, then the picture")
 
 
-def _given(said: dict[str, Any]) -> dict[str, Any]:
+def given(said: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in said.items() if value is not None and value != []}
     given |= {name: _seeds(name, given[name]) for name in ("seed", "variation_seed") if name in given}
     if "sampler_options" in given:
@@ -156,7 +156,7 @@ def _sampler_option(text: str) -> tuple[str, float | int | str]:
     return name, value
 
 
-def _check_output(output: Path | None, quality: int | None, *, strict: bool) -> int:
+def check_output(output: Path | None, quality: int | None, *, strict: bool) -> int:
     """The quality to save with.
 
     Raises:

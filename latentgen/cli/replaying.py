@@ -108,6 +108,9 @@ def _data(found: Recipe | Foreign) -> dict[str, Any]:
 
 def _table(found: Recipe | Foreign) -> str:
     rows = {"made by": found.tool, "model": found.model or "not told", **found.fields}
+    grid = getattr(found, "data", {}).get("grid")
+    if isinstance(grid, dict) and isinstance(grid.get("axes"), list):
+        rows["sheet of"] = " by ".join(map(_cell, grid["axes"]))
     if found.needs:
         rows["made from"] = ", ".join(found.needs) + " (not in the file)"
     rows |= {key: value for key in ("weights", "dtype", "device") if (value := getattr(found, "data", {}).get(key))}

@@ -19,13 +19,14 @@ from latentgen.errors import OutputError, RequestError, TrainingError
 from latentgen.evaluate import choose, scores
 from latentgen.evaluate.colour import NAMES, colour_scores, dominant_colour, named_colour
 from latentgen.evaluate.made import Made, bar, make
-from latentgen.evaluate.sheets import Cell, sheet, small
-from latentgen.evaluate.towers import Towers
+from latentgen.evaluate.towers import Towers, small
+from latentgen.pixels.sheet import sheet
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
     from latentgen.train.data import PictureSetReader
 
+Cell = tuple[Image.Image, str]
 SIDE = 64  # pixels at which pictures are compared with the training set
 CHUNK = 64  # pictures of the set in memory at a time
 RECOLOURS = 120
@@ -51,11 +52,12 @@ class Task:
         wanted = [{"prompt": prompt, "seed": self.seed + n, **options} for n, prompt in enumerate(prompts)]
         return make(self.pipe, self.out / "made" / split, wanted, progress=self.progress)
 
-    def save(self, name: str, cells: Sequence[Cell], *, columns: int, side: int = 128, lines: int = 2) -> None:
-        """Write a contact sheet."""
+    def save(self, name: str, cells: Sequence[Cell], *, columns: int, side: int = 128) -> None:
+        """Write a contact sheet of pictures with their labels."""
         from latentgen.pixels.save import save_image
 
-        save_image(sheet(cells, columns=columns, side=side, lines=lines), self.out / f"{name}.png")
+        pictures, labels = zip(*cells, strict=True)
+        save_image(sheet(pictures, labels, columns=columns, tile=side), self.out / f"{name}.png")
 
 
 def evaluate(model: str | Path, data: Path, out: Path, *, pictures: int = 200, seed: int = 0, progress: bool | None = None) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def autoencoder(task: Task, rows: dict[str, list[int]]) -> dict[str, Any]:
             found[split].append(psnr(original, np.asarray(back)))
             if (split, row) in shown:
                 cells += [(Image.fromarray(original), f"{split}: {task.reader.icons[row].name}"), (back, f"{found[split][-1]:.1f} dB")]
-    task.save("vae", cells, columns=8, side=task.reader.pixels.shape[1], lines=1)
+    task.save("vae", cells, columns=8, side=task.reader.pixels.shape[1])
     every = [value for values in found.values() for value in values]
     return {"psnr_db": scores.spread(every, digits=2), "by_split": {split: scores.spread(values, digits=2) for split, values in found.items()},
             "side": task.reader.pixels.shape[1], "seconds_per_picture": round(float(np.median(took)), 4) if took else None}
@@ -195,7 +197,7 @@ def colours(task: Task, held_out: dict[str, Any], kept: dict[str, list[Made]]) -
         report[split] = {"generated": colour_scores(wanted, found), "shuffled": colour_scores(list(np.roll(wanted, len(wanted) // 3 + 1)), found),
                          "real": colour_scores([named_colour(icons[row].name) or "" for row in reference], real)}
         cells += [(m.image, f"{m.prompt}: {f}") for m, f in list(zip(kept[split], found, strict=True))[:40]]
-    task.save("colour", cells, columns=10, side=96, lines=2)
+    task.save("colour", cells, columns=10, side=96)
     return report
 
 

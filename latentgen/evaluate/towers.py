@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from latentgen.errors import ModelError
 from latentgen.evaluate.scores import unit
-from latentgen.evaluate.sheets import small
 from latentgen.models.family import Part
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor, nn
 
 
@@ -92,3 +91,9 @@ def _projection(path: Path) -> Tensor:
     if "text_projection.weight" not in tensors:
         raise ModelError(f"vision_tower/{path.name} has {', '.join(tensors) or 'no tensor'}: expected text_projection.weight")
     return tensors["text_projection.weight"].float()
+
+
+def small(picture: np.ndarray | Image.Image, side: int) -> np.ndarray:
+    """A picture ((H, W, 3) uint8 or PIL) as (side, side, 3) uint8, each pixel the mean of its area."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture.convert("RGB")
+    return np.asarray(image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BOX))

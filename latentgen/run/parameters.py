@@ -23,6 +23,8 @@ _JSON = json.JSONDecoder()
 _SAMPLERS = {ours.sampler: label for label, ours in reversed(SAMPLER_NAMES["A1111"].items()) if ours.sampler}  # of several names the first
 _SPACINGS = {ours.spacing: label for label, ours in reversed(SPACING_NAMES["A1111"].items()) if ours.spacing} | {
     "linspace": "Uniform", "normal": "Normal", "trailing": "SGM Uniform"}  # the nearest
+_AXES = {"seed": "Seed", "steps": "Steps", "guidance_scale": "CFG Scale", "image_guidance_scale": "Image CFG Scale", "sampler": "Sampler",
+         "spacing": "Schedule type", "strength": "Denoising", "clip_skip": "Clip skip", "eta": "Eta", "prompt": "Prompt S/R"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Denoising strength": recipe.get("strength"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
+    said |= _script(recipe.get("grid"))
     settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items() if value is not None)
     negative = str(recipe.get("negative_prompt", ""))
     return "\n".join([_safe(str(recipe.get("prompt", ""))), *([f"{NEGATIVE} {_safe(negative)}"] if negative else []), settings])
@@ -77,6 +80,14 @@ def read_parameters(text: str) -> Parameters | None:
     if negative:
         negative[0] = negative[0].lstrip().removeprefix(NEGATIVE).removeprefix(" ")
     return Parameters("\n".join(lines[:split]), "\n".join(negative), settings)
+
+
+def _script(grid: Any) -> dict[str, str]:
+    """A sheet's axes as A1111's "X/Y/Z plot" writes them."""
+    found = {"Script": "X/Y/Z plot"} if grid else {}
+    for letter, (name, values) in zip("XY", grid["axes"] if grid else (), strict=False):
+        found |= {f"{letter} Type": _AXES.get(name, name), f"{letter} Values": ", ".join(_quoted(value) for value in values)}
+    return found
 
 
 def _settings(line: str) -> dict[str, str]:

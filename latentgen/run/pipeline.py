@@ -28,6 +28,7 @@ from latentgen.run.texts import explain_text
 from latentgen.run.work import Work
 
 if TYPE_CHECKING:
+    from latentgen.run.grid import Axis, Grid
     from latentgen.run.replay import Replayed
 
 OnStep = Callable[[Step], None]
@@ -106,6 +107,13 @@ class Pipeline:
     def edit(self, prompt: str, reference: Any, *, on_step: OnStep | None = None, **options: Any) -> Result:
         """A picture changed as the words instruct, by a model made for it; `reference` is the picture, or several where the model looks at several."""
         return self._run("edit", on_step, prompt=prompt, reference=reference, **options)
+
+    def grid(self, prompt: Request | str = "", *, x: Axis, y: Axis | None = None, tile: int | None = None, on_step: OnStep | None = None,
+             **options: Any) -> Grid:
+        """One request in many versions on a labelled sheet, as x={"guidance_scale": [1, 4, 8]}. See `latentgen.run.grid.make_grid`."""
+        from latentgen.run.grid import make_grid
+
+        return make_grid(self, _as_request(prompt, options), x=x, y=y, tile=tile, on_step=on_step)
 
     def replay(self, made: Any, /, *, anyway: bool = False, **pictures: Any) -> Replayed:
         """A picture made again from the recipe in its file: identical, or what differs. See `latentgen.run.replay.replay`."""

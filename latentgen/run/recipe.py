@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 KEY = "latentgen"
 PICTURES = ("image", "mask", "reference", "latents")  # fields of a request that no file carries: a recipe knows their hashes
+WHOLE = ("cells", "grid", "film", "pixels_sha256")  # what a sheet's or film's recipe says of the whole
 ALWAYS = ("prompt", "negative_prompt", "batch")  # said even where they are as they would be anyway
 
 
@@ -61,6 +62,15 @@ class Recipe:
     def fields(self) -> dict[str, Any]:
         """What a `Request` takes, without pictures."""
         return {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
+
+    @property
+    def cells(self) -> tuple[Recipe, ...]:
+        """The recipes of the pictures of which a sheet or a film is made; () for a picture."""
+        cells = self.data.get("cells")
+        if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+            return ()
+        base = {name: value for name, value in self.data.items() if name not in WHOLE}
+        return tuple(Recipe({**base, **cell}) for cell in cells)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -105,14 +115,14 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     return recipe | {"dtype": plan.dtype, "device": plan.device.split(":")[0], "versions": _versions(plan.device), "notes": list(notes)}
 
 
-def metadata(recipe: Mapping[str, Any], seed: int, image: Image.Image | None = None, *, variation_seed: int | None = None) -> dict[str, str]:
+def metadata(recipe: Mapping[str, Any], seed: int | None = None, image: Image.Image | None = None, *, variation_seed: int | None = None) -> dict[str, str]:
     """What goes into one picture's file: the recipe with that picture's own seeds and a batch of one, and the same for other programs.
 
     Args:
+        seed: of one of several pictures; None where the recipe tells it.
         image: the picture itself. Its hash lets a file that is not exact (JPEG, WebP) be checked when it is made again.
     """
-    own = {k: v for k, v in recipe.items() if k != "batch"} | {"seed": seed}
-    own |= {} if variation_seed is None else {"variation_seed": variation_seed}
+    own = {k: v for k, v in recipe.items() if k != "batch"} | {k: v for k, v in (("seed", seed), ("variation_seed", variation_seed)) if v is not None}
     own |= {} if image is None else {"pixels_sha256": picture_hash(image)}
     size = None if image is None else image.size
     return {KEY: json.dumps(own, ensure_ascii=False, sort_keys=True), PARAMETERS: write_parameters(own, size=size)}

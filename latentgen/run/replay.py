@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,12 @@ from PIL import Image
 
 from latentgen.errors import RequestError
 from latentgen.pixels.image import open_image
-from latentgen.run.progress import Bar
+from latentgen.run.grid import Grid, check_about
 from latentgen.run.recipe import PICTURES, Foreign, Recipe, as_recipe, make_recipe, picture_hash
+from latentgen.run.series import run_all
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
-    from latentgen.run.plan import Plan
     from latentgen.run.result import Result
 
 _PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", *(f"{name}_sha256" for name in PICTURES))  # compared one by one, or of no weight
@@ -31,13 +30,13 @@ class Replayed:
     """A picture made again.
 
     Attributes:
-        result: the picture, None where it could not be run because a source picture is missing or another one.
+        result: the picture, or the sheet, None where it could not be run because a source picture is missing or another one.
         identical: whether every pixel is as it was when the picture was made: compared with the file where it is exact, else with the hash in the
             recipe.
         differences: each factor that is not as it was, and how far the pixels are apart; also where they came out the same.
     """
 
-    result: Result | None
+    result: Result | Grid | None
     identical: bool
     differences: tuple[str, ...] = ()
 
@@ -72,15 +71,27 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
     missing = tuple(f"{name} is missing: give the {name} that it was made from" for name in recipe.needs if name not in given)
     if missing:
         return Replayed(None, False, missing)
-    plan = pipe.plan(recipe.request(**given))
-    now = make_recipe(plan, pipe.checkpoint.digest, plan.notes)
+    cells = recipe.cells or (recipe,)
+    if recipe.cells:
+        check_about(recipe.data.get("grid"), len(cells))
+    plans, nows = [], []
+    for cell in cells:
+        plans.append(pipe.plan(cell.request(**given)))
+        nows.append(make_recipe(plans[-1], pipe.checkpoint.digest, plans[-1].notes))
     sources = tuple(f"{name} is not the picture that it was made from" for name in recipe.needs
-                    if now.get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
+                    if nows[0].get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
     if sources:
         return Replayed(None, False, sources)
-    result = _run(pipe, plan)
-    pixels = _pixels(recipe, result.image, None if isinstance(made, Recipe) else made)
-    return Replayed(result, not pixels, (*_factors(recipe.data, now), *pixels))
+    factors = tuple(dict.fromkeys(factor for cell, now in zip(cells, nows, strict=True) for factor in _factors(cell.data, now)))
+    results = list(run_all(pipe, plans, total=sum(plan.steps for plan in plans)))
+    file = None if isinstance(made, Recipe) else made
+    if not recipe.cells:
+        pixels = _pixels(recipe, results[0].image, file)
+        return Replayed(results[0], not pixels, (*factors, *pixels))
+    whole = Grid.of(recipe.data["grid"], results)
+    pixels = (*(f"picture {n}: {far}" for n, (cell, result) in enumerate(zip(cells, results, strict=True), 1) for far in _pixels(cell, result.image, None)),
+              *_pixels(recipe, whole.image, file))
+    return Replayed(whole, not pixels, (*factors, *pixels))
 
 
 def _anyway(pipe: Pipeline, recipe: Foreign, anyway: bool, given: Mapping[str, Any]) -> Replayed:
@@ -90,16 +101,9 @@ def _anyway(pipe: Pipeline, recipe: Foreign, anyway: bool, given: Mapping[str, A
     missing = tuple(f"{name} is missing: give the {name} that it was made from" for name in recipe.needs if name not in given)
     if missing:
         return Replayed(None, False, missing)
-    result = _run(pipe, pipe.plan(recipe.request(strict=False, **given)))
+    plan = pipe.plan(recipe.request(strict=False, **given))
+    result = next(run_all(pipe, [plan], total=plan.steps))
     return Replayed(result, False, (f"{recipe.tool} made it", *recipe.notes, *result.notes))
-
-
-def _run(pipe: Pipeline, plan: Plan) -> Result:
-    run = pipe.stream(plan)
-    with closing(run), Bar(plan, pipe.progress) as bar:
-        for step in run:
-            bar.step(step)
-        return run.result
 
 
 def _factors(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from latentgen.errors import RequestError
 from latentgen.pixels.save import save_image
+from latentgen.pixels.sheet import sheet
 from latentgen.run.recipe import metadata
 
 if TYPE_CHECKING:
@@ -88,24 +89,30 @@ class Result:
             RequestError: columns is not a whole number of 1 or more.
         """
         columns = max(1, round(len(self.images) ** 0.5)) if columns is None else columns
-        if not isinstance(columns, int) or columns < 1:
-            raise RequestError(f"columns is {columns!r}: expected a whole number of 1 or more")
-        rows = -(-len(self.images) // columns)
-        width, height = self.image.size
-        sheet = Image.new("RGB", (columns * width, rows * height), "white")
-        for n, image in enumerate(self.images):
-            sheet.paste(image, (n % columns * width, n // columns * height))
-        return sheet
+        return sheet(self.images, columns=columns, tile=None)
 
     def _repr_html_(self) -> str:
-        pictures = "".join(f'<img src="data:image/png;base64,{_png(i)}" title="seed {s}" style="margin:2px">' for i, s in zip(self.images, self.seeds, strict=True))
         seconds = ", ".join(f"{stage} {took:.2f} s" for stage, took in self.timings.items())
-        details = html.escape(f"{self.plan}\ntimings   {seconds}" + "".join(f"\nnote      {n}" for n in self.notes if n not in self.plan.notes))
-        return f"{pictures}<details><summary>{html.escape(self.plan.request.prompt)}</summary><pre>{details}</pre></details>"
+        details = f"{self.plan}\ntimings   {seconds}" + "".join(f"\nnote      {n}" for n in self.notes if n not in self.plan.notes)
+        return shown_html(self.images, [f"seed {seed}" for seed in self.seeds], f"{self.plan.request.prompt}\n{details}", self.recipe)
 
     def __repr__(self) -> str:
         width, height = self.image.size
         return f"<Result: {len(self.images)} picture(s) {width}x{height}, seeds {list(self.seeds)}, {self.timings.get('total', 0):.2f} s>"
+
+
+def shown_html(images: Sequence[Image.Image], titles: Sequence[str], about: str, recipe: Mapping[str, Any]) -> str:
+    """Pictures for a notebook, under them what they are (the first line is seen, the rest unfolds) and their recipe.
+
+    Args:
+        titles: of each picture, seen when the mouse rests on it.
+    """
+    pictures = "".join(f'<img src="data:image/png;base64,{_png(image)}" title="{html.escape(title)}" style="margin:2px;max-width:100%">'
+                       for image, title in zip(images, titles, strict=True))
+    first, _, rest = about.partition("\n")
+    text = json.dumps(dict(recipe), ensure_ascii=False, indent=1, default=str)
+    return (f"{pictures}<details><summary>{html.escape(first)}</summary><pre>{html.escape(rest)}</pre></details>"
+            f"<details><summary>recipe</summary><pre>{html.escape(text)}</pre></details>")
 
 
 def _png(image: Image.Image) -> str:

@@ -1,0 +1,86 @@
+"""grid: many pictures for one file. Knows what is typed and printed; the work is in run/."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from latentgen.cli.meter import Meter
+from latentgen.cli.options import MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.pictures import Prompt, check_output, free_name, given, slug
+from latentgen.errors import RequestError
+
+EXAMPLES = {"grid": 'Example:  latentgen grid "a red heart" --x guidance_scale=1,4,8 --y sampler=euler,dpmpp_2m -o sheet.png'}
+_ABOUT = "One field and its values, as guidance_scale=1,4,8 or 'prompt=\"a cat, flat\",a dog'."
+X = Annotated[str, typer.Option("--x", help=f"The columns. {_ABOUT}", metavar="NAME=VALUE,...", show_default=False)]
+Y = Annotated[str | None, typer.Option("--y", help="The rows, likewise.", metavar="NAME=VALUE,...")]
+Tile = Annotated[int | None, typer.Option("--tile", help="Pixels that every picture is scaled to, 16 to 4096. Default: as they are.")]
+
+
+@takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
+def grid(prompt: Prompt, x: X, y: Y = None, tile: Tile = None, **said: Any) -> None:
+    """Make a labelled sheet: one request with every value of one or two of its fields.
+
+    Takes the options of all picture commands: with --image it redraws one, with --mask it paints. All cells have one seed.
+    """
+    output, quality, show, quiet, as_json = (said.pop(name) for name in ("output", "quality", "show", "quiet", "as_json"))
+    if show and as_json:
+        raise RequestError("--show draws on stdout, where --json writes: use one of the two")
+    quality = check_output(output, quality, strict=said["strict"])
+    from latentgen.run.grid import plan_grid
+    from latentgen.run.request import Request
+
+    words = {name: value for name, value in said.items() if name in Request.model_fields}
+    axes = [axis(text, option) for text, option in ((x, "--x"), (y, "--y")) if text is not None]
+    named = {name for one in axes for name in one}  # of which no option was typed where it is as it would be anyway
+    typed = {name: value for name, value in given(words).items() if name not in named or value != Request.model_fields[name].default}
+    request = Request(prompt=prompt, **typed)
+    pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False)
+    with Meter(shown=not quiet) as meter:
+        meter.phase("loading")
+        planned = plan_grid(pipe, request, x=axes[0], y=axes[1] if axes[1:] else None, tile=tile)
+        done = planned.run(pipe, on_step=meter.step)
+    into_folder = output is None or output.is_dir()
+    path = free_name(output or Path(), f"{slug(prompt)}-grid") if into_folder else output
+    files = done.save(path, quality=quality)
+    if as_json:
+        typer.echo(json.dumps({"files": [str(path) for path in files], "recipe": dict(done.recipe)}, ensure_ascii=False, indent=1))
+        return
+    if not quiet:
+        for note in done.notes:
+            typer.echo(f"note: {note}", err=True)
+    typer.echo(str(path) if quiet else f"{path}  {str(done).splitlines()[0]}")
+    if show:
+        from latentgen.terminal import show as show_picture
+
+        show_picture(done.image)
+
+
+def axis(text: str, option: str) -> dict[str, list[Any]]:
+    """NAME=VALUE,VALUE as one field with its values, which are numbers where the field takes some.
+
+    Raises:
+        RequestError: no name or no values.
+    """
+    from latentgen.run.request import Request
+
+    name, _, rest = text.partition("=")
+    name = name.strip().replace("-", "_")
+    values = next(csv.reader([rest], skipinitialspace=True), [])
+    if not name or not values:
+        raise RequestError(f"{option} is {text!r}: expected a field and its values, as guidance_scale=1,4,8")
+    field = Request.model_fields.get(name)
+    kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+    return {name: [value if str in kinds else _number(value) for value in values]}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
