@@ -137,26 +137,27 @@ def _number(config: Config, key: str, default: float, *, low: float, high: float
     return value
 
 
+def clip_layers(*encoders: Config) -> int:
+    """How many layers the shallowest of these CLIP text encoders has, by their configs; 12 where none says."""
+    said = [layers for config in encoders if isinstance(layers := config.get("num_hidden_layers"), int)]
+    return min(said, default=12)
+
+
 def clip_states(encoder: Any, ids: Tensor, *, skip: int = 1, weigh: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """States of a CLIP text model, its final norm applied, for cross-attention.
 
     Args:
         ids: (n, length) token ids of n chunks.
-        skip: 1 for the last layer, 2 for the one before it, ...
+        skip: 1 for the last layer, 2 for the one before it, up to `clip_layers`.
         weigh: what the states (n, length, width) go through before they are joined; None leaves them.
 
     Returns:
         (1, n * length, width), the chunks joined end to end.
-
-    Raises:
-        RequestError: the encoder has fewer layers than are skipped.
     """
     if skip == 1:
         states = encoder(ids).last_hidden_state
     else:
         hidden = encoder(ids, output_hidden_states=True).hidden_states  # the embeddings, then each layer's, before the final norm
-        if skip >= len(hidden):
-            raise RequestError(f"clip_skip is {skip} but the text encoder has {len(hidden) - 1} layers: use at most {len(hidden) - 1}")
         states = getattr(encoder, "text_model", encoder).final_layer_norm(hidden[-skip])
     states = states if weigh is None else weigh(states)
     return states.reshape(1, -1, states.shape[-1])

@@ -11,7 +11,18 @@ from functools import partial
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Signature, Words, no_inputs
-from latentgen.pipelines._unet import check_parts, clip_states, latent_spec, masked_picture, noise_path, predict, prediction, reference_latents, run_defaults
+from latentgen.pipelines._unet import (
+    check_parts,
+    clip_layers,
+    clip_states,
+    latent_spec,
+    masked_picture,
+    noise_path,
+    predict,
+    prediction,
+    reference_latents,
+    run_defaults,
+)
 
 PARTS = (
     Part("text_encoder", "transformers.CLIPTextModel", ("text",), original=Original(
@@ -85,5 +96,5 @@ def build(model: Model) -> Family:
         tokenizers={"tokenizer": TokenizerSpec("clip", pad="<|endoftext|>")},
         encode=encode, predict=predict, inputs={4: no_inputs, 8: partial(reference_latents, latent=latent), 9: masked_picture}[channels],
         guidance="image" if channels == 8 else "cfg", task={4: "any", 8: "edit", 9: "inpaint"}[channels], references=1 if channels == 8 else 0,
-        clip_skip=True, defaults=Defaults(guidance_scale=7.5, image_guidance_scale=1.5, **run_defaults(scheduler, unet, latent.factor)),
+        clip_skip=clip_layers(model.config("text_encoder")), defaults=Defaults(guidance_scale=7.5, image_guidance_scale=1.5, **run_defaults(scheduler, unet, latent.factor)),
     )

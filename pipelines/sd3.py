@@ -19,7 +19,7 @@ from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level, RectifiedFlow
 from latentgen.errors import ModelError, RequestError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Signature, Words
-from latentgen.pipelines._unet import latent_spec
+from latentgen.pipelines._unet import clip_layers, latent_spec
 from latentgen.pixels.latent import LatentSpec
 
 INDEX = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
@@ -107,11 +107,8 @@ def encode(modules: Modules, words: Words, *, widths: Mapping[str, int], joint: 
     Args:
         widths: of each CLIP's pooled vector, in the order in which they are joined.
         joint: width of T5's states.
-
-    Raises:
-        RequestError: clip_skip goes past an encoder's first layer.
     """
-    heard = {part: _clip(modules[part], part, words) for part in CLIPS if TOKENIZERS[part] in words.ids}
+    heard = {part: _clip(modules[part], TOKENIZERS[part], words) for part in CLIPS if TOKENIZERS[part] in words.ids}
     third = TOKENIZERS[T5]
     tail = words.weigh(third, modules[T5](words.ids[third]).last_hidden_state) if third in words.ids else None
     like = next(iter(heard.values()))[0] if tail is None else tail
@@ -123,13 +120,10 @@ def encode(modules: Modules, words: Words, *, widths: Mapping[str, int], joint: 
     return Conditioning(torch.cat([head, tail], dim=1), torch.cat([pooled for _, pooled in both], dim=-1))
 
 
-def _clip(module: torch.nn.Module, part: str, words: Words) -> tuple[Tensor, Tensor]:
-    """(n, 77) ids of the part's tokenizer -> states (1, n * 77, width), the chunks joined end to end, and the first chunk's pooled vector (1, width)."""
-    skip, reader = words.clip_skip, TOKENIZERS[part]
-    if not 1 <= skip < (layers := module.config.num_hidden_layers):
-        raise RequestError(f"clip_skip is {skip} but {part} has {layers} layers, the last never used: give a number from 1 to {layers - 1}")
+def _clip(module: torch.nn.Module, reader: str, words: Words) -> tuple[Tensor, Tensor]:
+    """(n, 77) ids of its tokenizer -> states (1, n * 77, width), the chunks joined end to end, and the first chunk's pooled vector (1, width)."""
     out = module(words.ids[reader], output_hidden_states=True)
-    return words.weigh(reader, out.hidden_states[-1 - skip]).flatten(0, 1)[None], out.text_embeds[:1]
+    return words.weigh(reader, out.hidden_states[-1 - words.clip_skip]).flatten(0, 1)[None], out.text_embeds[:1]
 
 
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
@@ -161,7 +155,7 @@ def build(model: Model) -> Family:
         tokenizers={TOKENIZERS[p]: TokenizerSpec("t5", T5_LENGTH) if p == T5 else TokenizerSpec("clip", CHUNK, pad="!" if p == CLIPS[1] else None)
                     for p in here},
         encode=partial(encode, widths=_widths(model, net), joint=net["joint_attention_dim"]), predict=predict,
-        clip_skip=any(part in here for part in CLIPS),
+        clip_skip=clip_layers(*map(model.config, clips)) - 1 if (clips := [part for part in CLIPS if part in here]) else 1,
         defaults=Defaults(width=side, height=side, steps=28, guidance_scale=7.0, sampler=sampler, spacing="linspace", shift=shift))
 
 

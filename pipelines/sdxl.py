@@ -15,9 +15,9 @@ from torch import Tensor
 
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level
-from latentgen.errors import ModelError, RequestError
+from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Scene, Side, Signature, Words
-from latentgen.pipelines._unet import beside, check_parts, latent_spec, masked_picture, noise_path, prediction, run_defaults
+from latentgen.pipelines._unet import beside, check_parts, clip_layers, latent_spec, masked_picture, noise_path, prediction, run_defaults
 
 INDEX = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 
@@ -64,18 +64,12 @@ def encode(modules: Modules, words: Words, *, encoders: Mapping[str, str], zeros
     Args:
         encoders: part -> the tokenizer that it reads, in the order in which the states are joined.
         zeros: a negative side that says nothing is all zeros, as the checkpoint was trained.
-
-    Raises:
-        RequestError: clip_skip goes past an encoder's first layer.
     """
     if zeros and words.empty and words.side == "negative":
         return _silence(modules, words, encoders)
     states, pooled = [], None
     for part, tokenizer in encoders.items():
-        module = modules[part]
-        if not 1 <= words.clip_skip < (layers := module.config.num_hidden_layers):
-            raise RequestError(f"clip_skip is {words.clip_skip} but {part} has {layers} layers, the last unused: give 1 to {layers - 1}")
-        out = module(words.ids[tokenizer], output_hidden_states=True)
+        out = modules[part](words.ids[tokenizer], output_hidden_states=True)
         states.append(words.weigh(tokenizer, out.hidden_states[-1 - words.clip_skip]).flatten(0, 1)[None])
         pooled = out.text_embeds[:1] if part == "text_encoder_2" else pooled
     return Conditioning(torch.cat(states, dim=-1), pooled)
@@ -163,7 +157,7 @@ def build(model: Model) -> Family:
         inputs=partial(inputs, scored=scored, channels=channels, guidance_width=heard),
         guidance="embedded" if heard else "cfg",
         task="inpaint" if channels == 9 else "any",
-        clip_skip=True,
+        clip_skip=clip_layers(*map(model.config, encoders)) - 1,
         options=tuple(side + name for side in ("", "negative_") for name in (*SIZES[:2], "aesthetic_score" if scored else SIZES[2])),
         defaults=Defaults(**said | {"strength": 0.3 if scored else 0.75}),
     )

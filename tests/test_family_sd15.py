@@ -147,8 +147,8 @@ def test_clip_skip_is_the_layer_before_and_the_final_norm(plain):
                       generator=torch.Generator("cpu").manual_seed(3)).images
     ours = pipe.txt2img(PROMPT, clip_skip=2, guidance_scale=1, steps=STEPS, sampler="ddim", seed=3).latents
     torch.testing.assert_close(ours, made, rtol=0, atol=1e-4 * made.abs().max().item())
-    with pytest.raises(RequestError, match="clip_skip is 4 but the text encoder has 3 layers"):
-        states_of(pipe, PROMPT, clip_skip=4)
+    with pytest.raises(RequestError, match="clip_skip is 4 but sd15 here has layers for 1 to 3"):
+        pipe.plan(PROMPT, clip_skip=4)
 
 
 def test_a_long_prompt_is_read_whole(plain):

@@ -191,8 +191,8 @@ def test_clip_skip_reads_an_earlier_layer(pipes, stock):
     torch.testing.assert_close(heard.tokens, expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(heard.pooled, expected[2], rtol=0, atol=1e-5)
     assert (heard.tokens - encoded(pipes()).tokens)[:, :77].abs().max() > 0.1
-    with pytest.raises(RequestError, match="give a number from 1 to 2"):
-        encoded(pipes(), clip_skip=3)
+    with pytest.raises(RequestError, match="clip_skip is 3 but sd3 here has layers for 1 to 2"):
+        pipes().plan(PROMPT, clip_skip=3)
 
 
 def test_a_long_prompt_is_read_in_chunks_by_both_clips(pipes, parts, stock):
@@ -364,7 +364,7 @@ def test_published_configs(variant, longest):
     family = sd3.build(Model(variant, {**known["parts"], "scheduler": known["scheduler"], "model_index": known["index"]}))
     own = {"steps", "guidance_scale"}  # the published ones are laid over the family's
     assert vars(family.defaults).items() >= {(key, value) for key, value in known["defaults"].items() if key not in own}
-    assert (len(family.parts), family.prediction, family.guidance, family.task, family.clip_skip) == (5, "flow", "cfg", "any", True)
+    assert (len(family.parts), family.prediction, family.guidance, family.task, family.clip_skip) == (5, "flow", "cfg", "any", 11)
     assert {name: spec.length for name, spec in family.tokenizers.items()} == {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 256}
     assert (family.latent.shape(1024, 512), family.latent.scale, family.latent.shift) == ((16, 64, 128), 1.5305, 0.0609)
     assert family.latent.shape(longest, 64)

@@ -222,9 +222,11 @@ def test_a_unet_of_another_kind_is_refused(parts, config):
         sdxl.build(Model("", {"unet": dict(parts["base"].config) | config, "text_encoder_2": parts["text_encoder_2"].config.to_dict()}))
 
 
-def test_clip_skip_past_the_first_layer_is_refused(parts):
-    with pytest.raises(RequestError, match="give 1 to 2"):
-        encoded(parts, PROMPT, SECOND, clip_skip=3)
+def test_clip_skip_past_the_first_layer_is_refused_while_planning(pipes):
+    with pytest.raises(RequestError, match="clip_skip is 3 but sdxl here has layers for 1 to 2: give one of these"):
+        pipes["base"].plan(PROMPT, clip_skip=3)
+    off, own = (pipes["base"].txt2img(PROMPT, steps=1, seed=1, strict=False, clip_skip=skip) for skip in (3, 1))
+    assert any("clip_skip is 3" in note for note in off.notes) and torch.equal(off.latents, own.latents)
 
 
 @pytest.mark.parametrize(("variant", "task", "encoders", "numbers"), [

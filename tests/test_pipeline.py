@@ -20,6 +20,7 @@ from latentgen.diffusion import SAMPLERS
 from latentgen.errors import NotFiniteError, RequestError
 from latentgen.pixels.mask import canvas
 from latentgen.run.memo import Memo
+from latentgen.run.recipe import make_recipe
 
 each_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
@@ -72,6 +73,14 @@ def edited_weights(folder, target, part, change):
 
 
 # Seeds, batches, processes, threads
+
+
+def test_names_of_ours_in_another_case(pipe):
+    plan = pipe.plan("a cat", sampler="DPMpp_2M", spacing="Karras", steps=3)
+    assert (plan.sampler, plan.spacing, plan.levels) == ("dpmpp_2m", "karras", pipe.plan("a cat", sampler="dpmpp_2m", spacing="karras", steps=3).levels)
+    assert make_recipe(plan, "", ())["sampler"] == "dpmpp_2m"
+    with pytest.raises(RequestError, match="did you mean 'unipc' with order 3"):
+        pipe.plan("a cat", sampler="UniPC")
 
 
 @each_sampler

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from latentgen.cli import app
 from latentgen.diffusion import SAMPLERS, SPACINGS, RectifiedFlow, VarianceExploding, VariancePreserving, foreign, from_diffusers, sampler, spacing
-from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, Ours, plain
+from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, Ours, own, plain
 from latentgen.diffusion.schedule import scaled_linear
 from latentgen.errors import RequestError
 
@@ -144,7 +144,10 @@ def shown(*arguments):
 
 def test_the_command_lists_all():
     code, out, _ = shown()
-    assert code == 0 and all(name in out for name in (*SAMPLERS, *SPACINGS, "DPM++ 2M SDE Heun", "dpmpp_3m_sde_gpu", "KDPM2DiscreteScheduler", "dpmpp_2s_k"))
+    assert code == 0 and all(name in out for name in (*SAMPLERS, *SPACINGS)) and "KDPM2DiscreteScheduler" not in out and "--names" in out
+    code, names, _ = shown("--names")
+    assert code == 0 and all(name in names for name in ("DPM++ 2M SDE Heun", "dpmpp_3m_sde_gpu", "KDPM2DiscreteScheduler", "dpmpp_2s_k"))
+    assert "Karras et al. 2022" not in names and shown("--names", "euler")[0] == 2
     code, out, _ = shown("--json")
     said = json.loads(out)
     assert code == 0 and [row["sampler"] for row in said["samplers"]] == list(SAMPLERS) and said["spacings"] == list(SPACINGS)
@@ -154,6 +157,10 @@ def test_the_command_lists_all():
 def test_the_command_tells_about_one():
     assert "order 3, variant bh1" in shown("UniPC")[1] and "Zhao et al. 2023" in shown("unipc")[1]
     assert json.loads(shown("DPM++ 2M Karras", "--json")[1])["spacing"] == "karras"
+    lines = shown("Euler a")[1].splitlines()
+    assert lines[0].split() == ["name", "Euler", "a"] and lines[1].split() == ["here", "euler_ancestral"]
+    assert [line.split()[0] for line in lines[2:]][:2] == ["sampler", "about"] and "Euler a (A1111)" in lines[-1]
+    assert shown("Euler")[1] == shown("euler")[1] and shown("Karras")[1] == shown("karras")[1]
     assert "SGM Uniform (A1111)" in shown("sgm_uniform")[1] and "no equivalent here" in shown("dpm_fast")[1]
     assert {"default", "takes", "about"} <= json.loads(shown("tcd", "--json")[1])["options"]["gamma"].keys()
     code, out, err = shown("quantum")
@@ -162,3 +169,10 @@ def test_the_command_tells_about_one():
 
 def test_ours_is_a_plain_value():
     assert Ours("euler") == Ours("euler") and Ours("euler").known and not Ours(note="none").known
+
+
+@pytest.mark.parametrize(("said", "ours"), [("Euler", "euler"), (" DDIM ", "ddim"), ("dpmpp_2M", "dpmpp_2m"), ("Karras", "karras"), ("SGM_Uniform", "sgm_uniform"),
+                                            ("UniPC", None), ("Heun", None), ("Beta", None), ("euler a", None), ("nothing", None)])
+def test_our_own_names_in_any_case(said, ours):
+    """But not where another program means something else by exactly that name: A1111's UniPC is order 3, its Heun measures steps otherwise."""
+    assert (own(said, SAMPLERS, SAMPLER_NAMES) or own(said, SPACINGS, SPACING_NAMES)) == ours

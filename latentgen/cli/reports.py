@@ -94,7 +94,10 @@ def _lines(about: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """What the model's weights take, as `_details` tells too."""
+    from latentgen.models.checkpoint import open_checkpoint
+
+    return open_checkpoint(folder).weight_bytes()
 
 
 def _size(count: int) -> str:

@@ -8,27 +8,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentgen.errors import RequestError
+
 if TYPE_CHECKING:
     from latentgen.diffusion.names import Ours
 
 EXAMPLES = {"samplers": 'Examples:  latentgen samplers   and   latentgen samplers "DPM++ 2M Karras"'}
 Name = Annotated[str | None, typer.Argument(help="A sampler or spacing, as it is called here or in another program. Default: list all.", metavar="NAME",
                                             show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+Names = Annotated[bool, typer.Option("--names", help="List what A1111, ComfyUI, diffusers, InvokeAI and stable-diffusion.cpp call them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts: all of it.")]
 
 
-def samplers(name: Name = None, as_json: AsJson = False) -> None:
-    """List the samplers and spacings, or tell all about one; with the names that other programs have for them.
+def samplers(name: Name = None, names: Names = False, as_json: AsJson = False) -> None:
+    """List the samplers and spacings, or tell all about one, under whatever name a program has for it.
 
     A request takes the names of the first table only; a name from elsewhere is answered with ours.
     """
+    if names and name is not None:
+        raise RequestError("--names is given with a name: leave one of them out")
     found = _all() if name is None else _one(name)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=1))
-    elif name is None:
-        _print_all(found)
-    else:
+    elif name is not None:
         typer.echo("\n".join(f"{key:<21} {text}" for key, text in _lines(found)))
+    elif names:
+        _print_names(found)
+    else:
+        _print_own(found)
 
 
 def _all() -> dict[str, Any]:
@@ -42,9 +49,26 @@ def _all() -> dict[str, Any]:
 
 
 def _one(name: str) -> dict[str, Any]:
-    """All about one name; RequestError, with the nearest, where nobody calls anything so."""
-    from latentgen.diffusion.names import foreign
+    """All about one name, under another program's name what that is here; RequestError, with the nearest, where nobody calls anything so."""
+    from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, foreign, own
     from latentgen.diffusion.sample import SAMPLERS, sampler
+    from latentgen.diffusion.schedule import SPACINGS
+
+    ours = own(name, SAMPLERS, SAMPLER_NAMES) or own(name, SPACINGS, SPACING_NAMES)
+    if ours is not None:
+        return _own(ours)
+    found = foreign(name)
+    if found is None:
+        sampler(name)  # raises, with what it knows
+    assert found is not None
+    about = _own(found.sampler or found.spacing or "")
+    spacing = {"spacing": found.spacing} if found.spacing else {}
+    return {"name": name, "here": _ours(_said(found)), "note": found.note, "automatic_spacing": found.automatic} | spacing | about
+
+
+def _own(name: str) -> dict[str, Any]:
+    """A sampler or a spacing of ours with its names elsewhere; {} for none."""
+    from latentgen.diffusion.sample import SAMPLERS
     from latentgen.diffusion.schedule import SPACINGS
 
     if name in SAMPLERS:
@@ -53,11 +77,7 @@ def _one(name: str) -> dict[str, Any]:
     if name in SPACINGS:
         others = [f"{row['name']} ({row['program']})" for row in _all()["foreign"] if row["kind"] == "spacing" and row["spacing"] == name]
         return {"spacing": name, "elsewhere": others}
-    found = foreign(name)
-    if found is None:
-        sampler(name)  # raises, with what it knows
-    assert found is not None
-    return {"name": name, **_said(found)}
+    return {}
 
 
 def _sampler(name: str) -> dict[str, Any]:
@@ -75,26 +95,31 @@ def _said(ours: Ours) -> dict[str, Any]:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What there is to say, a row each; what there is not is left out."""
     for key, value in found.items():
-        if key == "options" and value and isinstance(next(iter(value.values())), dict):
+        if key == "options" and value:
             for option, said in value.items():
                 default = "no bound" if said["default"] is None else said["default"]
                 yield f"  {option}", f"{said['takes']}, {default} unless given: {said['about']}"
-        elif isinstance(value, dict):
-            yield key, ", ".join(f"{k} {v}" for k, v in value.items()) or "-"
-        elif isinstance(value, list):
-            yield key, ", ".join(value) or "-"
-        else:
-            yield key.replace("_", " "), "-" if value in (None, "") else "yes" if value is True else "no" if value is False else str(value)
+        elif isinstance(value, bool):
+            yield key.replace("_", " "), "yes" if value else "no"
+        elif value not in (None, "", [], {}):
+            yield key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _print_all(found: dict[str, Any]) -> None:
+def _print_own(found: dict[str, Any]) -> None:
     from latentgen.cli.reports import _table
 
     _table(("sampler", "what it does", "order", "evaluations", "noise", "options", "paper"),
            [(row["sampler"], row["about"], str(row["order"]), str(row["evaluations_per_step"]), "yes" if row["stochastic"] else "-",
              " ".join(row["options"]) or "-", row["paper"]) for row in found["samplers"]])
-    typer.echo(f"\nspacings: {', '.join(found['spacings'])}\n")
+    typer.echo(f"\nspacings: {', '.join(found['spacings'])}\n\n"
+               "`latentgen samplers NAME` tells all about one, `latentgen samplers --names` what other programs call them.")
+
+
+def _print_names(found: dict[str, Any]) -> None:
+    from latentgen.cli.reports import _table
+
     _table(("elsewhere", "called", "here", "note"),
            [(row["program"], row["name"], _ours(row), _note(row) or "-") for row in found["foreign"]])
 

@@ -1,12 +1,12 @@
 """What other programs call samplers and spacings, and which of ours does the same. Data, and how a name is found in it; runs nothing.
 
-A name is recognised to be suggested, or to read another program's recipe; a request takes our own names only.
+A name is recognised to be suggested, or to read another program's recipe; a request takes our own names only, in any case ("Karras").
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,6 +179,21 @@ def foreign(name: str, program: str | None = None) -> Ours | None:
             if found is not None and found.sampler:
                 return replace(found, spacing=of_spacing.spacing)
     return None
+
+
+def own(name: str, known: Collection[str], table: Mapping[str, Mapping[str, Ours]]) -> str | None:
+    """The one of our own names that this is, whatever its case; None where it is none, or where it is another program's name for something else.
+
+    "Karras" is karras and "DDIM" is ddim, but what A1111 calls UniPC is not what unipc does by itself.
+
+    Args:
+        known: our samplers or spacings; table: `SAMPLER_NAMES` or `SPACING_NAMES`.
+    """
+    small = name.strip().lower()
+    if name in known or small not in known:
+        return name if name in known else None
+    others = [ours for called in table.values() for other, ours in called.items() if other == name.strip()]
+    return None if any(ours.options or ours.note or small not in (ours.sampler, ours.spacing) for ours in others) else small
 
 
 def from_diffusers(config: Mapping[str, Any]) -> Ours | None:

@@ -208,7 +208,7 @@ class Family:
             a picture it sees an empty one); "edit" if it needs `reference`.
         references: how many pictures `reference` may hold, 0 for none.
         reads_pictures: the text encoder sees the references.
-        clip_skip: clip_skip above 1 has a meaning.
+        clip_skip: the largest that there is a layer for; 1 where no layer can be chosen.
         options: further fields of a request that `inputs` reads from `scene.options` ("original_size", "aesthetic_score" ...).
         vae_encode, vae_decode: (vae, pixels) -> raw latents and back, where the plain call is not enough (packing, statistics, a frame axis).
     """
@@ -229,7 +229,7 @@ class Family:
     task: Literal["any", "inpaint", "edit"] = "any"
     references: int = 0
     reads_pictures: bool = False
-    clip_skip: bool = False
+    clip_skip: int = 1
     options: tuple[str, ...] = ()
     vae_encode: Callable[[Any, Tensor], Tensor] | None = None
     vae_decode: Callable[[Any, Tensor], Tensor] | None = None

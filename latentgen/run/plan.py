@@ -17,6 +17,7 @@ from latentgen.errors import RequestError
 from latentgen.models.family import Family
 from latentgen.run.guiding import guidance_of
 from latentgen.run.levels import levels_of
+from latentgen.run.meaning import meant
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import Source, open_references, sized
 from latentgen.run.texts import PlannedText, plan_texts, resolved
@@ -129,8 +130,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     Raises:
         RequestError, ImageError: input that cannot be honoured; with strict=False contradictions become notes instead.
     """
-    notes = list(machine.notes)
-    defaults = family.defaults
+    notes, defaults = list(machine.notes), family.defaults
+    said, request = request, meant(request)
 
     def refuse(problem: str) -> None:
         if request.strict:
@@ -157,7 +158,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     evaluations = sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=request, model=machine.model, task=request.task, width=width, height=height, crop=crop, noise=seeds_of(request, family.latent, refuse),
+        request=said, model=machine.model, task=request.task, width=width, height=height, crop=crop, noise=seeds_of(request, family.latent, refuse),
         asked_steps=request.steps or defaults.steps, first_step=full.index(levels[0]) + 1, levels=levels, sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative,

@@ -41,7 +41,7 @@ def open_references(request: Request, family: Family) -> tuple[Image.Image, ...]
     if request.reference is not None and not given:
         raise RequestError("reference holds no picture: pass one, or leave it out")
     if given and not family.references:
-        raise RequestError(f"reference is given but {family.name} does not look at pictures: use image= to redraw one, or a model for editing by instruction")
+        raise RequestError(f"reference is given but {family.name} does not look at pictures: redraw it with img2img (image=), or load a model for editing by instruction")
     if len(given) > family.references:
         raise RequestError(f"reference holds {len(given)} pictures but {family.name} looks at {family.references} at most: give fewer")
     if family.task == "edit" and not given:

@@ -136,8 +136,10 @@ def _others(request: Request, family: Family, tokenizers: Mapping[str, Tokens], 
         for field in (f"prompt_{n}", f"negative_prompt_{n}"):
             if getattr(request, field) and f"tokenizer_{n}" not in others:
                 refuse(f"{field} is given but {family.name} here has no text encoder that would read it: leave it out")
-    if request.clip_skip > 1 and not family.clip_skip:
-        refuse(f"clip_skip is {request.clip_skip} but {family.name} reads no layer of CLIP that could be chosen: leave it out")
+    if request.clip_skip > family.clip_skip:
+        problem = f"clip_skip is {request.clip_skip} but {family.name}"
+        refuse(f"{problem} reads no layer of CLIP that could be chosen: leave it out" if family.clip_skip == 1 else
+               f"{problem} here has layers for 1 to {family.clip_skip}: give one of these")
     return others
 
 

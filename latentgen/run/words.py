@@ -143,7 +143,13 @@ class Speaker:
 
     def _key(self, kind: str, chunks: Mapping[str, PromptChunks], said: Side) -> tuple[object, ...]:
         ids = tuple((reader, laid.ids) for reader, laid in chunks.items())
-        return kind, ids, said, self.plan.request.clip_skip, tuple(map(fingerprint, self._seen))
+        return kind, ids, said, self._skip, tuple(map(fingerprint, self._seen))
+
+    @property
+    def _skip(self) -> int:
+        """clip_skip, where the encoder has such a layer; the plan has noted it where not."""
+        skip = self.plan.request.clip_skip
+        return skip if skip <= self.family.clip_skip else 1
 
     @property
     def _seen(self) -> Sequence[object]:
@@ -154,6 +160,6 @@ class Speaker:
         device = self.residency.device
         ids = {name: torch.tensor(laid.ids, device=device) for name, laid in chunks.items()}
         mask = {name: torch.tensor(laid.mask, device=device) for name, laid in chunks.items()}
-        words = Words(ids, mask, said, empty, self.plan.request.clip_skip, tuple(to_tensor(picture) for picture in self._seen), weigh)
+        words = Words(ids, mask, said, empty, self._skip, tuple(to_tensor(picture) for picture in self._seen), weigh)
         with self.residency.use("text") as modules, torch.no_grad():
             return self.family.encode(modules, words)
