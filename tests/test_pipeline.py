@@ -343,7 +343,8 @@ def test_a_latent_is_repainted_as_far_as_any_of_its_pixels(pipe):
     masks[1, 16:24, 24:32] = 1
     dot, cell = (list(pipe.stream("a cat", image=picture(), mask=mask, steps=3, seed=0))[-1].x for mask in masks)
     assert torch.equal(dot, cell)
-    z0 = pipe.stream("a cat", image=picture(), steps=1)._work.source_latents()
+    run = pipe.stream("a cat", image=picture(), steps=1)
+    z0 = run._work.source_latents(run.plan.passes[0])
     changed = (dot != z0).any(dim=1)[0].nonzero().tolist()
     assert changed == [[2, 3]]
 
@@ -366,7 +367,7 @@ def test_img2img_keeps_the_size_and_more_at_lower_strength(pipe):
         run = pipe.stream("a cat", image=original, strength=strength, steps=10, seed=0)
         latents[strength] = list(run)[-1].x
         assert run.result.image.size == (67, 45) and run.plan.steps == 10 * strength
-    z0 = run._work.source_latents()
+    z0 = run._work.source_latents(run.plan.passes[0])
     assert (latents[0.2] - z0).abs().mean() < (latents[1.0] - z0).abs().mean()
     small = pipe.plan("a cat", image=original, strength=0.01, steps=4)
     assert small.steps == 1 and "less than one step" in small.notes[0]

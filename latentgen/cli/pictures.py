@@ -216,10 +216,15 @@ def _report(result: Result, files: list[Path], *, quiet: bool, as_json: bool) ->
 
 
 def _plan_data(made: Plan) -> dict[str, Any]:
-    """A plan as plain data: every field but the request and the picture, prompts as their counts, levels as numbers."""
-    data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in ("request", "source", "prompt", "negative", "levels", "noise")}
-    data |= {"steps": made.steps, "seeds": made.seeds, "noise": asdict(made.noise), "options": dict(made.options), "weights": dict(made.weights)}
+    """A plan as plain data: every field but the request and the pictures, prompts as their counts, levels as numbers."""
+    pictures = ("request", "source", "references")
+    data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in (*pictures, "passes", "prompt", "negative", "noise")}
+    data |= {"steps": made.steps, "evaluations": made.evaluations, "seeds": made.seeds, "noise": asdict(made.noise),
+             "options": dict(made.options), "weights": dict(made.weights)}
     for name, text in (("prompt", made.prompt), ("negative", made.negative)):
         data[name] = {"text": text.text, "tokens": text.tokens, "chunks": len(text.ids)}
         data[name] |= {"said": str(text)} if len(text.spans) > 1 or text.composed > 1 else {}
-    return data | {"levels": [asdict(level) for level in made.levels]}
+    passes = [{f.name: getattr(one, f.name) for f in fields(one) if f.name not in pictures} | {"steps": one.steps, "tile": one.tile} for one in made.passes]
+    for one in passes:
+        one["levels"] = [asdict(level) for level in one["levels"]]
+    return passes[0] | data | {"crop": made.crop} | ({"passes": passes} if passes[1:] else {})

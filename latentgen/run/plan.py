@@ -18,8 +18,9 @@ from latentgen.models.family import Family
 from latentgen.run.guiding import guidance_of
 from latentgen.run.levels import levels_of
 from latentgen.run.meaning import meant
+from latentgen.run.passes import Pass
 from latentgen.run.seeding import Seeds, seeds_of
-from latentgen.run.sizing import Source, open_references, sized
+from latentgen.run.sizing import open_references, sized
 from latentgen.run.texts import PlannedText, plan_texts, resolved
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from latentgen.run.request import Request
 
 SIDES = {"cfg": 2, "image": 3}  # how often a guided evaluation sees a picture
-TILE_ABOVE = 1024 * 1024  # pixels of a picture from which the autoencoder works in tiles
-TILE = 768
 
 
 @dataclass(frozen=True)
@@ -36,31 +35,23 @@ class Plan:
     """What will be done, in full. Print it.
 
     Attributes:
-        width, height: the size that is denoised; `crop` is the size of the finished picture (an edit keeps its picture's size).
-        levels: the levels visited, the clean one last; `steps` of them are evaluated.
+        passes: size, levels and source picture of each way through the levels; most times one. What has only one of them is that of the first
+            (`width`, `height`, `levels`, `asked_steps`, `first_step`, `strength`, `source`), the finished picture's that of the last (`crop`, `tile`).
         prompt, negative: what is said when, as token chunks, as many of one as of the other where both are used.
         weighting: the rule by which weights in them are read.
-        asked_steps: steps of the whole run, of which an edit runs the share `strength`; `first_step` is the first of them, counted from 1.
         cfg_scale: weight of the evaluations against each other: guidance_scale, or true_cfg_scale where the model has guidance built in; 1 is off.
         batching: how a guided evaluation runs: "pair", "triple" or, where AND joins prompts, "several" (in one call), or "off" (no guidance).
-        evaluations: how often the network sees one picture, exactly: two or more for each guided level that a sampler asks about, else one.
         noise: the seeds of the pictures and of their variations; `seeds` are the former.
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. On a CPU 1, so that a picture never depends on its batch.
-        tile: side of an autoencoder tile in pixels, or None.
         weights: bytes of weights per stage, from the files' headers.
     """
 
     request: Request
     model: str
     task: str
-    width: int
-    height: int
-    crop: tuple[int, int]
+    passes: tuple[Pass, ...]
     noise: Seeds
-    asked_steps: int
-    first_step: int
-    levels: tuple[Level, ...]
     sampler: str
     spacing: str
     options: Mapping[str, float | str]
@@ -69,7 +60,6 @@ class Plan:
     image_guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float]
-    strength: float
     prompt: PlannedText
     negative: PlannedText
     weighting: str
@@ -78,12 +68,19 @@ class Plan:
     dtype: str
     device: str
     residency: str
-    tile: int | None
     weights: Mapping[str, int]
-    evaluations: int
     notes: tuple[str, ...]
-    source: Source | None = field(default=None, repr=False, compare=False)
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
+
+    width = property(lambda self: self.passes[0].width)
+    height = property(lambda self: self.passes[0].height)
+    levels = property(lambda self: self.passes[0].levels)
+    asked_steps = property(lambda self: self.passes[0].asked_steps)
+    first_step = property(lambda self: self.passes[0].first_step)
+    strength = property(lambda self: self.passes[0].strength)
+    source = property(lambda self: self.passes[0].source)
+    crop = property(lambda self: self.passes[-1].crop)
+    tile = property(lambda self: self.passes[-1].tile)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -92,8 +89,13 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Levels that the denoiser visits, after strength."""
-        return len(self.levels) - 1
+        """Levels that the denoiser visits in all passes, after strength."""
+        return sum(one.steps for one in self.passes)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network sees one picture in all passes, exactly."""
+        return sum(one.evaluations for one in self.passes)
 
     def __str__(self) -> str:
         size = f"{self.width}x{self.height}" + (f", cropped to {self.crop[0]}x{self.crop[1]}" if self.crop != (self.width, self.height) else "")
@@ -151,17 +153,20 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         notes.append("the mask is all black: the picture comes back as it was")
     low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
     rescale = defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
-    asked = levels_asked(request.sampler or defaults.sampler, levels, options)
     sides = SIDES["image"] if family.guidance == "image" and references else SIDES["cfg"]
     several = prompt.composed > 1  # which is composed outside the interval, too
     sides += prompt.composed - 1
-    evaluations = sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
+
+    def evaluations(levels: tuple[Level, ...]) -> int:
+        asked = levels_asked(request.sampler or defaults.sampler, levels, options)
+        return sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
+
+    first = Pass(width, height, crop, request.steps or defaults.steps, full.index(levels[0]) + 1, levels, strength, evaluations(levels), source)
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=said, model=machine.model, task=request.task, width=width, height=height, crop=crop, noise=seeds_of(request, family.latent, refuse),
-        asked_steps=request.steps or defaults.steps, first_step=full.index(levels[0]) + 1, levels=levels, sampler=request.sampler or defaults.sampler,
+        request=said, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
-        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), strength=strength, prompt=prompt, negative=negative,
+        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), prompt=prompt, negative=negative,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
-        rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency, tile=TILE if width * height > TILE_ABOVE else None, weights=machine.weights,
-        evaluations=evaluations, notes=tuple(notes), source=source, references=references)
+        rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
+        notes=tuple(notes), references=references)

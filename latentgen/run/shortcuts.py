@@ -15,23 +15,25 @@ from latentgen.models.family import Family, Modules
 from latentgen.models.modulation import Key, modulated
 from latentgen.models.shared import shared
 from latentgen.run.batch import repeated
+from latentgen.run.passes import Pass
 from latentgen.run.plan import Plan
 from latentgen.run.words import Script
 
 
-def exact(family: Family, modules: Modules, asked: Asked, *, plan: Plan, script: Script, device: torch.device) -> Modules:
-    """The networks of a run with what is known before its first step looked up, and what both sides of guidance share computed once."""
-    return {name: shared(modulated(net, asked, _calls(family, modules, name, plan, script, device)), asked) for name, net in modules.items()}
+def exact(family: Family, modules: Modules, asked: Asked, *, plan: Plan, one: Pass, script: Script, device: torch.device) -> Modules:
+    """The networks of one pass with what is known before its first step looked up, and what both sides of guidance share computed once."""
+    return {name: shared(modulated(net, asked, _calls(family, modules, name, plan, one, script, device)), asked) for name, net in modules.items()}
 
 
-def _calls(family: Family, modules: Modules, name: str, plan: Plan, script: Script, device: torch.device) -> list[tuple[Key, Callable[[nn.Module], Any]]]:
+def _calls(family: Family, modules: Modules, name: str, plan: Plan, one: Pass, script: Script,
+           device: torch.device) -> list[tuple[Key, Callable[[nn.Module], Any]]]:
     """A call of the network for each level that the sampler will ask about and each conditioning that is heard there."""
-    x = torch.zeros(1, *family.latent.shape(plan.width, plan.height), device=device)
+    x = torch.zeros(1, *family.latent.shape(one.width, one.height), device=device)
 
     def call(net: nn.Module, level: Any, conditioning: Any) -> None:
         with torch.no_grad():
             family.predict({**modules, name: net}, x, level, conditioning)
 
-    levels = dict.fromkeys(levels_asked(plan.sampler, plan.levels, plan.options))
+    levels = dict.fromkeys(levels_asked(plan.sampler, one.levels, plan.options))
     pairs = [(level, c) for level in levels for c in script.at(level).every]
     return [((level.time, c), partial(call, level=level, conditioning=repeated(c, 1))) for level, c in pairs]

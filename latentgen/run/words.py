@@ -57,7 +57,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Script:
-    """What is said when: the `Said` of each planned step, chosen by noise level, so that a denoiser stays a function of x and level.
+    """What is said when: the `Said` of each planned step of the first pass, chosen by noise level, so that a denoiser stays a function of x and level.
 
     A sampler that looks between two levels hears what is said at the noisier of them.
     """
@@ -82,16 +82,16 @@ class Speaker:
     notes: list[str]
 
     def script(self, inputs: Callable[[Side], Mapping[str, Tensor]]) -> Script:
-        """Every text that is said in the steps that are run, encoded.
+        """Every text that is said in the steps of the first pass, encoded; later passes, which have other inputs, say it at the same noise.
 
         Args:
             inputs: side -> further entries of `Conditioning.extra`.
         """
-        plan = self.plan
+        plan, run = self.plan, self.plan.passes[0]
         guides = "triple" if self.family.guidance == "image" and plan.references else "pair"
         sides = SIDES["off" if plan.batching == "off" else guides]
         said = {side: plan.prompt if side == "positive" else plan.negative for side in sides}
-        spans = [tuple(text.at(plan.first_step + n) for text in said.values()) for n in range(plan.steps)]
+        spans = [tuple(text.at(run.first_step + n) for text in said.values()) for n in range(run.steps)]
         heard = {(side, id(one)): one for row in spans for side, span in zip(sides, row, strict=True) for one in span.conjuncts}
         worded = {key: self.encoded(one.chunks, key[0]) for key, one in heard.items()}
         for side in sides:
@@ -106,7 +106,7 @@ class Speaker:
                 made[key] = Said(tuple(worded["positive", id(one)] for one in first.conjuncts), tuple(one.weight for one in first.conjuncts),
                                  tuple(worded[side, id(span.conjuncts[0])] for side, span in zip(sides[1:], others, strict=True)))
             steps.append(made[key])
-        return Script(tuple(level.half_log_snr for level in plan.levels[:-1]), tuple(steps))
+        return Script(tuple(level.half_log_snr for level in run.levels[:-1]), tuple(steps))
 
     def encoded(self, chunks: Mapping[str, PromptChunks], side: Side) -> Conditioning:
         """One text through the encoders with its weights, or from the memo; a weight that no states went through is noted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -29,6 +29,7 @@ from latentgen.pixels.mask import paste_back
 from latentgen.run.denoising import network, worded
 from latentgen.run.guiding import OPTIONS
 from latentgen.run.memo import Memo
+from latentgen.run.passes import Pass
 from latentgen.run.plan import Plan
 from latentgen.run.recipe import make_recipe
 from latentgen.run.residency import Residency
@@ -55,78 +56,79 @@ class Work:
     notes: list[str] = field(default_factory=list)
 
     def steps(self) -> Generator[Step, None, Result]:
-        """The one path of every task; a new feature is a wrapper around the denoiser, not a branch here."""
-        plan, timings = self.plan, {}
+        """The one path of every task and pass; a new feature is a wrapper around the denoiser, not a branch here."""
+        plan, spec, device, timings = self.plan, self.family.latent, self.residency.device, {}
         self.notes[:] = plan.notes
         began = phase = time.perf_counter()
         self.residency.check()
-        script = self.script()
+        scripts = [self.script(one) for one in plan.passes]
         timings["text"], phase = _since(phase)
-        z0 = self.source_latents()
+        sources = [self.source_latents(one) for one in plan.passes]
         timings["encode"], phase = _since(phase)
-        noise = plan.noise.noise(self.family.latent.shape(plan.width, plan.height), self.family.latent.factor)
-        device = self.residency.device
-        eps = noise.draw().to(device)
-        x = self.start(z0, eps)
-        with self.residency.use("denoiser") as modules:
-            denoise = self.denoiser(modules, script, z0, eps)
-            sample = find_sampler(plan.sampler).function
-            for step in sample(denoise, x, plan.levels, noise=lambda: noise.draw().to(device), **plan.options):
-                x = step.x
-                yield step
-        self.check_finite(x)
+        sample, done, x = find_sampler(plan.sampler).function, 0, None
+        noise = plan.noise.noise(spec.shape(plan.width, plan.height), spec.factor)
+        for one, script, z0 in zip(plan.passes, scripts, sources, strict=True):
+            eps = noise.draw().to(device)
+            x = self.start(one, z0, eps)
+            with self.residency.use("denoiser") as modules:
+                denoise = self.denoiser(one, modules, script, z0, eps)
+                for step in sample(denoise, x, one.levels, noise=lambda: noise.draw().to(device), **plan.options):
+                    x = step.x
+                    yield replace(step, index=done + step.index, total=plan.steps)
+            self.check_finite(x)
+            done += one.steps
         timings["sample"], phase = _since(phase)
-        images = self.finish(self.pixels(x))
+        images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
         timings["decode"], _ = _since(phase)
         timings["total"] = time.perf_counter() - began
         recipe = make_recipe(plan, self.checkpoint.digest, tuple(self.notes))
         return Result(tuple(images), plan, tuple(self.notes), timings, recipe, x.cpu())
 
-    def script(self) -> Script:
+    def script(self, one: Pass) -> Script:
         """What is said when, as the denoiser hears it: words, and what the family adds of the picture."""
         speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self.memo, self.plan, self.notes)
-        return speaker.script(partial(self.family.inputs, self.scene()))
+        return speaker.script(partial(self.family.inputs, self.scene(one)))
 
-    def scene(self) -> Scene:
+    def scene(self, one: Pass) -> Scene:
         """The picture side of a request, as a family's `inputs` reads it."""
-        plan, source, request = self.plan, self.plan.source, self.plan.request
+        plan, source, request = self.plan, one.source, self.plan.request
         options = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None} | {"guidance_scale": plan.guidance_scale}
-        return Scene(plan.width, plan.height, self.family.latent.shape(plan.width, plan.height), encode=self.latents,
+        return Scene(one.width, one.height, self.family.latent.shape(one.width, one.height), encode=partial(self.latents, one),
                      image=None if source is None else source_pixels(source), mask=None if source is None else source.mask,
                      references=tuple(to_tensor(picture) for picture in plan.references), options=options)
 
-    def source_latents(self) -> Tensor | None:
+    def source_latents(self, one: Pass) -> Tensor | None:
         """z0 of the source picture, (1, c, h, w)."""
-        return None if self.plan.source is None else self.latents(source_pixels(self.plan.source))
+        return None if one.source is None else self.latents(one, source_pixels(one.source))
 
-    def latents(self, pixels: Tensor) -> Tensor:
+    def latents(self, one: Pass, pixels: Tensor) -> Tensor:
         """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows."""
 
         def encoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("encoder", dtype=dtype) as modules:
-                return encode(modules["vae"], pixels, self.family.latent, tile=self.plan.tile, call=self.family.vae_encode)
+                return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, call=self.family.vae_encode)
 
-        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), self.plan.tile)
+        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile)
         z0, said = self.memo.get(key, lambda: self.finite("encoded", encoded), lambda made: [made[0]])
         self.notes.extend(said)
         return z0
 
-    def start(self, z0: Tensor | None, eps: Tensor) -> Tensor:
+    def start(self, one: Pass, z0: Tensor | None, eps: Tensor) -> Tensor:
         """x at the first level: the source with noise, another run's latents, or noise alone (also where an inpainting keeps nothing of the old)."""
-        plan, first = self.plan, self.plan.levels[0]
+        plan, first = self.plan, one.levels[0]
         if plan.request.latents is not None:
             return plan.request.latents.to(eps)
-        if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and plan.strength < 1)):
+        if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and one.strength < 1)):
             return noised(z0.expand_as(eps), eps, first)
         return start(eps, first)
 
-    def denoiser(self, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
+    def denoiser(self, one: Pass, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
         """The network with all that is wrapped around it."""
-        plan, asked = self.plan, Asked()
-        modules = exact(self.family, modules, asked, plan=plan, script=script, device=self.residency.device)
-        denoise = worded(self.family, network(self.family, modules, asked), plan, script)
-        if z0 is not None and plan.source is not None and plan.source.mask is not None and self.family.task != "inpaint":
-            denoise = masked(denoise, z0=z0, mask=_latent_mask(plan.source.mask, self.family.latent.factor).to(eps), eps=eps)
+        asked = Asked()
+        modules = exact(self.family, modules, asked, plan=self.plan, one=one, script=script, device=self.residency.device)
+        denoise = worded(self.family, network(self.family, modules, asked), self.plan, script)
+        if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
+            denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise
 
     def check_finite(self, x: Tensor) -> None:
@@ -145,24 +147,23 @@ class Work:
                 raise
             return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
 
-    def pixels(self, z: Tensor) -> Tensor:
+    def pixels(self, one: Pass, z: Tensor) -> Tensor:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
-        tile, call = self.plan.tile, self.family.vae_decode
 
         def decoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("decoder", dtype=dtype) as modules:
-                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=tile, call=call).cpu() for part in z.split(1)])
+                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=one.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
 
         pixels, said = self.finite("decoded", decoded)
         self.notes.extend(said)
         return pixels
 
-    def finish(self, pixels: Tensor) -> list[Image.Image]:
+    def finish(self, one: Pass, pixels: Tensor) -> list[Image.Image]:
         """Pictures, with kept pixels pasted back exactly and a filled-up size cropped."""
-        plan, images = self.plan, to_images(pixels)
-        if plan.source is not None and plan.source.mask is not None:
-            images = [paste_back(plan.source.image, image, plan.source.mask) for image in images]
-        return [image if image.size == plan.crop else image.crop((0, 0, *plan.crop)) for image in images]
+        images = to_images(pixels)
+        if one.source is not None and one.source.mask is not None:
+            images = [paste_back(one.source.image, image, one.source.mask) for image in images]
+        return [image if image.size == one.crop else image.crop((0, 0, *one.crop)) for image in images]
 
 
 def _since(before: float) -> tuple[float, float]:
