@@ -54,6 +54,8 @@ WORDS: Group = (
     *OTHERS,
     *(_option(_P, f"negative_prompt_{n}", str, f"--negative-prompt-{n}", f"As --prompt-{n}, for the negative side.", default="", metavar="TEXT")
       for n in (2, 3)),
+    _option(_P, "blend_prompt", str | None, "--blend-prompt", "Other words, towards which PROMPT is turned by --blend.", metavar="TEXT"),
+    _option(_P, "blend", float | None, "--blend", "0 (PROMPT) to 1 (--blend-prompt). Default: 0.5.", metavar="SHARE"),
     *DIALECT,
     _option(_P, "weighting", str | None, "--weighting", "By which rule weights in a prompt hold: a1111, a1111_no_norm or comfy. Default: the dialect's.",
             metavar="NAME"),

@@ -1,4 +1,4 @@
-"""Conditionings as batches: repeated for several pictures, joined for several evaluations. Knows tensors' shapes and nothing of what they mean."""
+"""Conditionings as batches: repeated for several pictures, joined for several evaluations, and between two texts. Knows tensors' shapes and nothing of what they mean."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.diffusion.noise import slerp
 from latentgen.models.family import Conditioning
 
 
@@ -38,6 +39,25 @@ def alike(several: list[Conditioning]) -> bool:
     """Whether conditionings can be one batch: the same tensors of the same shapes."""
     shapes = [(c.tokens.shape, None if c.pooled is None else c.pooled.shape, {name: t.shape for name, t in c.extra.items()}) for c in several]
     return all(shape == shapes[0] for shape in shapes)
+
+
+def blended(a: Conditioning, b: Conditioning, share: float) -> Conditioning:
+    """Between two conditionings of the same shapes, from a (share 0) to b (share 1).
+
+    Each token's state, and the pooled vector, goes along the sphere (`slerp` over its last axis): encoders end in a norm, so that states lie near
+    a sphere, and the middle of a straight line between two of them is shorter than both, which attention reads as words half said. Of masks, a
+    token is heard that either side hears.
+    """
+
+    def between(one: Tensor, other: Tensor) -> Tensor:
+        if one is other:
+            return one
+        if not one.is_floating_point():
+            return torch.maximum(one, other)
+        return slerp(one.float(), other.float(), share, dim=-1).to(one.dtype)
+
+    pooled = None if a.pooled is None or b.pooled is None else between(a.pooled, b.pooled)
+    return Conditioning(between(a.tokens, b.tokens), pooled, {name: between(value, b.extra[name]) for name, value in a.extra.items()})
 
 
 def fingerprint(image: Image.Image) -> bytes:

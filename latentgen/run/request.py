@@ -27,13 +27,14 @@ EXPECTED = {
     "sampler_options": "names with numbers or words, as {'s_churn': 10}",
     "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
     "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
+    "blend": "a number from 0 (prompt) to 1 (blend_prompt)",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
 EXPECTED |= {side: "a whole number of pixels from 8 to 8192, a multiple of the model's latents" for side in ("seed_width", "seed_height")}
 PAIRS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size")
 EXPECTED |= {name: "two whole numbers, height and width (or y and x), from 0 to 16384" for name in PAIRS}
 SEEDS = ("seed", "variation_seed")
-PROMPTS = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+PROMPTS = ("prompt", "negative_prompt", "blend_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
 
 ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "num_inference_steps": "steps", "sampling_steps": "steps", "cfg": "guidance_scale", "cfg_scale": "guidance_scale", "guidance": "guidance_scale",
@@ -47,7 +48,7 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
-    "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
+    "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend", "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
 }
 
 
@@ -75,6 +76,8 @@ class Request(BaseModel):
         left, right, top, bottom: pixels that outpaint adds. feather: soft rim of the outpaint mask.
         dialect: how prompts are read: "a1111" ((word:1.3), [from:to:0.4], [a|b], AND, BREAK), "comfy" ((word:1.3)) or "plain" (nothing is syntax).
         weighting: by which rule weights hold: "a1111", "a1111_no_norm" or "comfy"; None takes that of the dialect.
+        blend_prompt: words towards which those of `prompt` are turned, by the share `blend`, 0 to 1 (0.5 where none is said): every token's state, and
+            the pooled vector, along the sphere. Schedules are kept on both sides; AND is not.
         prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other words for a model's second and third text encoder.
         clip_skip: 1 is the layer that the model uses, 2 the one before it (A1111's count).
         reference: a picture, or several, that a model for editing by instruction looks at.
@@ -124,6 +127,8 @@ class Request(BaseModel):
     fit: str | None = Field(None, pattern="^resize$")
     dialect: str = Field("a1111", pattern="^(a1111|comfy|plain)$")
     weighting: str | None = Field(None, pattern="^(a1111|a1111_no_norm|comfy)$")
+    blend_prompt: str | None = None
+    blend: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     prompt_2: str = ""
     prompt_3: str = ""
     negative_prompt_2: str = ""
@@ -151,7 +156,7 @@ class Request(BaseModel):
         if len(listed) == 1 and "batch" not in said:
             said["batch"] = listed.pop()
         for name in PROMPTS:
-            if name in said or name == "prompt":
+            if said.get(name) is not None or name == "prompt" or (name in said and name != "blend_prompt"):
                 check_text(said.get(name), name=name)
         try:
             super().__init__(**said)

@@ -10,6 +10,7 @@ from latentgen.conditioning.dialect import Parsed, parse
 from latentgen.conditioning.explain import Explanation
 from latentgen.conditioning.explain import explain as explained
 from latentgen.conditioning.prompt import LaidSpan, PromptChunks, laid_spans, level_spans
+from latentgen.errors import RequestError
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
@@ -29,11 +30,14 @@ class PlannedText:
         text: what was said, letter by letter.
         parsed: how it was read.
         spans: what is said when; steps are counted over the whole run, of which an edit runs the last ones.
+        towards: another text, towards which this one is turned by `share`, above 0 and below 1; None for most.
     """
 
     text: str
     parsed: Parsed
     spans: tuple[LaidSpan, ...]
+    towards: PlannedText | None = None
+    share: float = 0.0
 
     @property
     def chunks(self) -> Mapping[str, PromptChunks]:
@@ -66,6 +70,8 @@ class PlannedText:
 
     def __str__(self) -> str:
         """"5 tokens in 1 chunk(s)", or what is said when."""
+        if self.towards is not None:
+            return f"{replace(self, towards=None)}, turned by {self.share:g} towards {_said((1, next(iter(self.towards.chunks.values()))))}"
         if len(self.spans) == self.composed == 1:
             return f"{self.tokens} tokens in {len(self.ids)} chunk(s)"
         rows = []
@@ -96,26 +102,53 @@ def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens
     others = _others(request, family, tokenizers, refuse)
 
     def read(side: str, text: str) -> PlannedText:
-        joined = side == "prompt"
+        joined = side != "negative_prompt"
         parsed = parse(text, request.dialect, name=side, composed=joined)  # type: ignore[arg-type]
         if len(parsed.parts) > 1 and not guided:
-            refuse(f"prompt joins {len(parsed.parts)} prompts by AND but guidance is off, and they are weighed against the negative prompt: "
+            refuse(f"{side} joins {len(parsed.parts)} prompts by AND but guidance is off, and they are weighed against the negative prompt: "
                    "raise guidance_scale (true_cfg_scale where guidance is built in), or write one prompt")
             joined = False
             parsed = parse(text, request.dialect, name=side, composed=False)  # type: ignore[arg-type]
-        own = _own(request, side, others, composed=joined and len(parsed.parts) > 1)
+        own = _own(request, "prompt" if side == "blend_prompt" else side, others, composed=joined and len(parsed.parts) > 1)
         notes.extend(note for one in (parsed, *own.values()) for note in one.notes)
         return PlannedText(text, parsed, laid_spans(parsed, tokenizers, steps=steps, name=side, texts=own, strict=request.strict, notes=notes))
 
     prompt, negative = read("prompt", request.prompt), read("negative_prompt", request.negative_prompt)
-    if guided:
-        first, second = level_spans([prompt.spans, negative.spans], tokenizers)
-        prompt, negative = replace(prompt, spans=first), replace(negative, spans=second)
+    share = _share(request, refuse)
+    towards = read("blend_prompt", request.blend_prompt or "") if share else None
+    if share == 1:  # the other end, exactly as if it were said alone
+        prompt, towards = towards, None
+    used = [prompt, *([negative] if guided else []), *([towards] if towards else [])]
+    used = [replace(text, spans=spans) for text, spans in zip(used, level_spans([text.spans for text in used], tokenizers), strict=True)]
+    prompt, negative = used[0], used[1] if guided else negative
+    if towards is not None:
+        _check_blend(prompt, used[-1])
+        prompt = replace(prompt, towards=used[-1], share=share)
     if not request.prompt.strip():
         notes.append("the prompt is empty: the picture is unconditional")
     if len(prompt.ids) > 1:
         notes.append(f"the prompt has {prompt.tokens} tokens and is read in {len(prompt.ids)} chunks of {len(prompt.ids[0]) - 2}")
     return prompt, negative
+
+
+def _share(request: Request, refuse: Callable[[str], None]) -> float:
+    """How far the prompt is turned towards blend_prompt."""
+    if request.blend_prompt is None:
+        if request.blend is not None:
+            refuse(f"blend is {request.blend:g} but there is no blend_prompt to turn the prompt towards: give one, or leave blend out")
+        return 0.0
+    return 0.5 if request.blend is None else request.blend
+
+
+def _check_blend(prompt: PlannedText, towards: PlannedText) -> None:
+    """RequestError where there is no way between two texts."""
+    if prompt.composed > 1 or towards.composed > 1:
+        raise RequestError("prompt or blend_prompt joins prompts by AND, and only one text can be turned towards one: write them without AND, or leave blend_prompt out")
+    lengths = [{reader: {len(row) for row in chunks.ids} for span in text.spans for reader, chunks in span.conjuncts[0].chunks.items()} for text in (prompt, towards)]
+    for reader, own in lengths[0].items():
+        if own != lengths[1][reader]:
+            raise RequestError(f"prompt has {max(own)} tokens for {reader} and blend_prompt {max(lengths[1][reader])}, and this model reads each text at its own "
+                               "length, so that no token of one stands for one of the other: write texts of as many tokens, or leave blend_prompt out")
 
 
 def explain_text(request: Request, tokenizers: Mapping[str, Tokens], *, steps: int) -> Explanation:

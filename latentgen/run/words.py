@@ -18,7 +18,7 @@ from latentgen.conditioning.prompt import PromptChunks, silent
 from latentgen.conditioning.weighting import Listener, Weigh, Weighing, unweighted, weights_of
 from latentgen.models.family import Conditioning, Side, Words
 from latentgen.pixels.image import to_tensor
-from latentgen.run.batch import alike, fingerprint, tensors
+from latentgen.run.batch import alike, blended, fingerprint, tensors
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
@@ -92,18 +92,23 @@ class Speaker:
         sides = SIDES["off" if plan.batching == "off" else guides]
         said = {side: plan.prompt if side == "positive" else plan.negative for side in sides}
         spans = [tuple(text.at(run.first_step + n) for text in said.values()) for n in range(run.steps)]
+        towards = [plan.prompt.towards.at(run.first_step + n) if plan.prompt.towards else None for n in range(run.steps)]
         heard = {(side, id(one)): one for row in spans for side, span in zip(sides, row, strict=True) for one in span.conjuncts}
+        heard |= {("positive", id(one)): one for span in towards if span for one in span.conjuncts}
         worded = {key: self.encoded(one.chunks, key[0]) for key, one in heard.items()}
         for side in sides:
             extra = {name: tensor.to(self.residency.device) for name, tensor in inputs(side).items()}
             worded |= {key: replace(c, extra={**c.extra, **extra}) for key, c in worded.items() if key[0] == side and extra}
         made: dict[tuple[int, ...], Said] = {}
         steps = []
-        for row in spans:
-            key = tuple(map(id, row))
+        for row, other in zip(spans, towards, strict=True):
+            key = (*map(id, row), id(other))
             if key not in made:
                 first, *others = row
-                made[key] = Said(tuple(worded["positive", id(one)] for one in first.conjuncts), tuple(one.weight for one in first.conjuncts),
+                prompts = tuple(worded["positive", id(one)] for one in first.conjuncts)
+                if other is not None:
+                    prompts = (blended(prompts[0], worded["positive", id(other.conjuncts[0])], plan.prompt.share),)
+                made[key] = Said(prompts, tuple(one.weight for one in first.conjuncts),
                                  tuple(worded[side, id(span.conjuncts[0])] for side, span in zip(sides[1:], others, strict=True)))
             steps.append(made[key])
         return Script(tuple(level.half_log_snr for level in run.levels[:-1]), tuple(steps))
