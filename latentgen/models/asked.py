@@ -17,13 +17,16 @@ class Asked:
     Attributes:
         level: the noise level.
         rows: of each row of the batch, the conditioning of batch 1 that it hears and the number of the picture that it shows. Empty where nobody tells.
+        turn: how often the level has changed.
     """
 
     level: Level | None = None
     rows: tuple[tuple[Conditioning, int], ...] = ()
+    turn: int = 0
 
     def tell(self, level: Level, conditioning: Conditioning) -> None:
         """What the next call will be."""
+        self.turn += level != self.level
         self.level, self.rows = level, conditioning.rows
 
     @property

@@ -17,33 +17,14 @@ from torch import Tensor, nn
 
 from latentgen.models.asked import Asked
 from latentgen.models.family import Conditioning
-from latentgen.models.view import view
+from latentgen.models.view import Ended, StandIn, ending, view
 
 EMBEDDERS = ("time_text_embed", "time_guidance_embed", "t_embedder", "adaln_single")  # children that make of a level what the blocks are told
 WHOLE = ("adaLN_modulation", "img_mod", "txt_mod")  # a Sequential with a linear in it, told the embedding itself
 Key = tuple[float, Conditioning]
 
 
-class Told(Exception):
-    """What the embedder answered: it leaves a network that is asked for nothing more."""
-
-    def __init__(self, answer: Any) -> None:
-        super().__init__("the network was asked for its time embedding only")
-        self.answer = answer
-
-
-class _Stop(nn.Module):
-    """An embedder that ends the call with its answer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise Told(self.inner(*args, **kwargs))
-
-
-class Known(nn.Module):
+class Known(StandIn):
     """Stands for a module whose answers are in a table; asks the module itself about what is not.
 
     Attributes:
@@ -51,9 +32,8 @@ class Known(nn.Module):
     """
 
     def __init__(self, inner: nn.Module, asked: Asked, table: dict[Key, Any]) -> None:
-        super().__init__()
+        super().__init__(inner)
         self.asked, self.table = asked, table
-        self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         level, rows = self.asked.level, self.asked.rows
@@ -100,7 +80,7 @@ def find_modulations(net: nn.Module) -> Modulations | None:
         if name.split(".")[0] == embedder:
             continue
         activation = getattr(module, "silu", None) or getattr(module, "act_fn", None)
-        if isinstance(activation, nn.SiLU) and isinstance(getattr(module, "linear", None), nn.Linear) and getattr(module, "emb", None) is None:
+        if isinstance(activation, nn.SiLU) and isinstance(getattr(module, "linear", None), nn.Module) and getattr(module, "emb", None) is None:
             heads[f"{name}.linear"] = module.linear
             activated.add(f"{name}.linear")
         elif name.rpartition(".")[2] in WHOLE and isinstance(module, nn.Sequential):
@@ -118,14 +98,14 @@ def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[
     found = find_modulations(net)
     if found is None:
         return net
-    ending = view(net, lambda name, module: _Stop(module) if name == found.embedder else None)
+    short = ending(net, found.embedder, lambda embedder, *args, **kwargs: embedder(*args, **kwargs))
     embedded: dict[Key, Any] = {}
     for key, call in calls:
         if key not in embedded:
             try:
-                call(ending)
-            except Told as told:
-                embedded[key] = told.answer
+                call(short)
+            except Ended as ended:
+                embedded[key] = ended.answer
     if not embedded or any(len(row) != 1 for answer in embedded.values() for row in (answer if isinstance(answer, tuple) else (answer,))):
         return net
     tables = {found.embedder: embedded}
@@ -137,6 +117,5 @@ def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[
 
 def _answers(head: nn.Module, embedded: Tensor, *, activated: bool) -> tuple[Tensor, ...]:
     """(n, width) embeddings -> n answers (1, m), all by one product, so that the weights are read once."""
-    dtype = next(head.parameters()).dtype
     with torch.no_grad():
-        return head((nn.functional.silu(embedded) if activated else embedded).to(dtype)).split(1)
+        return head(nn.functional.silu(embedded) if activated else embedded).split(1)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.models.asked import Asked
-from latentgen.models.view import view
+from latentgen.models.view import StandIn, view
 
 FIRST = ("conv_in", "x_embedder", "img_in", "pos_embed")
 
 
-class Once(nn.Module):
+class Once(StandIn):
     """Stands for a module that is given the same rows several times: computes them once and repeats the answer.
 
     Whether they are the same is looked at for each set of conditionings when they are first heard; later calls of the run differ in level and picture
@@ -26,10 +26,9 @@ class Once(nn.Module):
     """
 
     def __init__(self, inner: nn.Module, asked: Asked) -> None:
-        super().__init__()
+        super().__init__(inner)
         self.asked = asked
         self.same: dict[tuple[Any, ...], bool] = {}
-        self.inner = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         sides, whole = self.asked.sides, len(self.asked.rows)

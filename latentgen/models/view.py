@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
 
 def view(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
@@ -40,3 +39,47 @@ def view(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None
         return new
 
     return of("", module)
+
+
+class StandIn(nn.Module):
+    """Stands in a view for a module; what it does not have itself, it has of that module, so that a network may go on looking at it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own answer."""
+        return self.inner(*args, **kwargs)
+
+
+class Ended(Exception):
+    """Leaves a network that was asked for one module's sake.
+
+    Attributes:
+        answer: what was wanted.
+    """
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__("the network was asked for one of its modules only")
+        self.answer = answer
+
+
+class _End(StandIn):
+    def __init__(self, inner: nn.Module, answer: Callable[..., Any]) -> None:
+        super().__init__(inner)
+        self.answer = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise Ended(self.answer(self.inner, *args, **kwargs))
+
+
+def ending(module: nn.Module, at: str, answer: Callable[..., Any]) -> nn.Module:
+    """A view whose every call ends where the child `at` is called: it raises `Ended(answer(that child, its arguments))`."""
+    return view(module, lambda name, child: _End(child, answer) if name == at else None)

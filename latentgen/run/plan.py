@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.errors import RequestError
+from latentgen.models.approximate.table import APPROXIMATIONS, said
 from latentgen.models.family import Family
+from latentgen.run.approximating import approximations_of
 from latentgen.run.guiding import guidance_of
 from latentgen.run.levels import levels_of
 from latentgen.run.meaning import meant
@@ -43,7 +45,8 @@ class Plan:
         batching: how a guided evaluation runs: "pair", "triple" or, where AND joins prompts, "several" (in one call), or "off" (no guidance).
         noise: the seeds of the pictures and of their variations; `seeds` are the former.
         references: pictures for editing by instruction, as given.
-        rows: pictures per network call. On a CPU 1, so that a picture never depends on its batch.
+        rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
+        approximate: what is left out for speed, because it was asked for: name -> all its options.
         weights: bytes of weights per stage, from the files' headers.
     """
 
@@ -70,6 +73,7 @@ class Plan:
     residency: str
     weights: Mapping[str, int]
     notes: tuple[str, ...]
+    approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
 
     width = property(lambda self: self.passes[0].width)
@@ -109,6 +113,8 @@ class Plan:
             "compute": f"{self.dtype} on {self.device}, {self.residency}, {self.evaluations} network evaluations a picture",
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
+        if self.approximate:
+            rows["approx"] = said(self.approximate)
         if self.task != "txt2img":
             rows["strength"] = f"{self.strength:g}"
         return "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + "".join(f"\nnote      {n}" for n in self.notes)
@@ -133,7 +139,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         RequestError, ImageError: input that cannot be honoured; with strict=False contradictions become notes instead.
     """
     notes, defaults = list(machine.notes), family.defaults
-    said, request = request, meant(request)
+    spoken, request = request, meant(request)
 
     def refuse(problem: str) -> None:
         if request.strict:
@@ -162,11 +168,13 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         return sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
 
     first = Pass(width, height, crop, request.steps or defaults.steps, full.index(levels[0]) + 1, levels, strength, evaluations(levels), source)
+    approximate = approximations_of(request, family, refuse)
+    together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=said, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
+        request=spoken, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), prompt=prompt, negative=negative,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
-        rows=1 if machine.device == "cpu" else request.batch, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
-        notes=tuple(notes), references=references)
+        rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
+        notes=tuple(notes), approximate=approximate, references=references)

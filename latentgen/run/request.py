@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from latentgen.conditioning.prompt import check_text, shown
+from latentgen.diffusion.guidance.table import spread
 from latentgen.errors import RequestError
 
 SEED = "a whole number from 0 to 2**63 - 1, or a list of 1 to 64 of them"
@@ -25,6 +26,7 @@ EXPECTED = {
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
     "sampler_options": "names with numbers or words, as {'s_churn': 10}",
+    "approximate": "names of approximations, alone or with options, as 'deep_cache' or {'first_block': {'threshold': 0.1}}",
     "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
     "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
     "blend": "a number from 0 (prompt) to 1 (blend_prompt)",
@@ -49,6 +51,8 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
     "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend", "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
+    "cache": "approximate", "cache_config": "approximate", "first_block_cache": "approximate", "teacache": "approximate", "taylorseer": "approximate",
+    "deepcache": "approximate", "tome": "approximate", "tome_ratio": "approximate", "token_merging_ratio": "approximate",
 }
 
 
@@ -88,6 +92,7 @@ class Request(BaseModel):
         denoising_end: stop where this share of the noise path is done and leave the rest to another model; its `latents` and the same number as
             `denoising_start` go on from there.
         latents: (batch, c, h, w), the start of a run with denoising_start.
+        approximate: what is left out for speed, never by default: "deep_cache", a list, or {"first_block": {"threshold": 0.1}} (docs/approximate.md).
         fit: "resize" lets a mask or image of another size be resized.
         strict: False turns what a model cannot honour into a note.
 
@@ -148,6 +153,7 @@ class Request(BaseModel):
     denoising_start: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
     denoising_end: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
     latents: Any = None
+    approximate: dict[str, dict[str, float | int | str]] | None = None
     strict: bool = True
 
     def __init__(self, **said: Any) -> None:
@@ -194,6 +200,11 @@ class Request(BaseModel):
         if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(type(v) is int and 0 <= v <= 16384 for v in value):
             raise ValueError("not two whole numbers")
         return tuple(value)
+
+    @field_validator("approximate", mode="before")
+    @classmethod
+    def _approximations(cls, value: Any) -> Any:
+        return None if value is None else spread(value)
 
     @field_validator("latents", mode="before")
     @classmethod

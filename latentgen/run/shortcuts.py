@@ -1,4 +1,7 @@
-"""What a run computes once instead of in every step: views of the networks for one plan. Exact up to rounding; moves nothing and names no family."""
+"""What a run computes once instead of in every step, and what it leaves out where that was asked for: views of the networks for one plan.
+
+Moves nothing and names no family.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 from latentgen.diffusion.sample import asked as levels_asked
+from latentgen.models.approximate.table import Setting, approximated
 from latentgen.models.asked import Asked
 from latentgen.models.family import Family, Modules
 from latentgen.models.modulation import Key, modulated
@@ -21,8 +25,22 @@ from latentgen.run.words import Script
 
 
 def exact(family: Family, modules: Modules, asked: Asked, *, plan: Plan, one: Pass, script: Script, device: torch.device) -> Modules:
-    """The networks of one pass with what is known before its first step looked up, and what both sides of guidance share computed once."""
+    """The networks of one pass, exact up to rounding, with what is known before its first step looked up, and what both sides of guidance share computed once."""
     return {name: shared(modulated(net, asked, _calls(family, modules, name, plan, one, script, device)), asked) for name, net in modules.items()}
+
+
+def approximate(modules: Modules, asked: Asked, *, plan: Plan, shape: tuple[int, int], notes: list[Callable[[], str]]) -> Modules:
+    """The networks of a run with the approximations of its plan.
+
+    Args:
+        shape: (h, w) of the latent.
+        notes: is given a function for each approximation that tells, when the run is over, what it saved.
+    """
+    made = {}
+    for name, net in modules.items():
+        made[name], told = approximated(net, plan.approximate, Setting(asked, shape))
+        notes += told
+    return made
 
 
 def _calls(family: Family, modules: Modules, name: str, plan: Plan, one: Pass, script: Script,

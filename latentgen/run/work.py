@@ -34,7 +34,7 @@ from latentgen.run.plan import Plan
 from latentgen.run.recipe import make_recipe
 from latentgen.run.residency import Residency
 from latentgen.run.result import Result
-from latentgen.run.shortcuts import exact
+from latentgen.run.shortcuts import approximate, exact
 from latentgen.run.sizing import source_pixels
 from latentgen.run.words import Script, Speaker
 
@@ -46,6 +46,7 @@ class Work:
     Attributes:
         memo: texts and pictures that were encoded before, by value; shared by all runs of a pipeline.
         notes: the plan's, and what this run adjusts.
+        savings: what its approximations say that they saved, once it is over.
     """
 
     family: Family
@@ -54,6 +55,7 @@ class Work:
     memo: Memo
     plan: Plan
     notes: list[str] = field(default_factory=list)
+    savings: list[Callable[[], str]] = field(default_factory=list)
 
     def steps(self) -> Generator[Step, None, Result]:
         """The one path of every task and pass; a new feature is a wrapper around the denoiser, not a branch here."""
@@ -77,6 +79,7 @@ class Work:
                     yield replace(step, index=done + step.index, total=plan.steps)
             self.check_finite(x)
             done += one.steps
+        self.notes.extend(saved() for saved in self.savings)
         timings["sample"], phase = _since(phase)
         images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
         timings["decode"], _ = _since(phase)
@@ -126,6 +129,7 @@ class Work:
         """The network with all that is wrapped around it."""
         asked = Asked()
         modules = exact(self.family, modules, asked, plan=self.plan, one=one, script=script, device=self.residency.device)
+        modules = approximate(modules, asked, plan=self.plan, shape=(eps.shape[2], eps.shape[3]), notes=self.savings)
         denoise = worded(self.family, network(self.family, modules, asked), self.plan, script)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)

@@ -1,0 +1,152 @@
+"""The table of approximations: what each is called, takes, and which networks have what it needs. Knows networks' kinds by their classes; no family."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from latentgen.diffusion.option import Option
+from latentgen.errors import RequestError
+from latentgen.models.approximate import deep, merge, stack
+from latentgen.models.approximate.memory import Tally
+from latentgen.models.asked import Asked
+
+Kind = Literal["unet", "transformer"]
+KINDS: Mapping[Kind, str] = {"unet": "U-Nets", "transformer": "transformers"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an approximation is told of its run: what the network is asked, (h, w) of the latent, and where it counts what it saves."""
+
+    asked: Asked
+    shape: tuple[int, int]
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """An approximation and what to know before running it.
+
+    apply: (network, setting, options by name) -> a view of the network.  about, paper: one line each.  kind: of the networks that it works on.
+    counts: what its tally counts, in words.  group: two of one group do the same work, so that only one of them can.
+    adaptive: what it leaves out depends on the picture, so pictures of a batch go one at a time.
+    """
+
+    apply: Callable[..., nn.Module]
+    about: str
+    paper: str
+    kind: Kind
+    counts: str
+    group: str
+    options: Mapping[str, Option]
+    adaptive: bool = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The values of its options when they are left alone."""
+        keywords = self.apply.__kwdefaults__ or {}
+        return {name: keywords[name] for name in self.options}
+
+    def check(self, name: str, options: Mapping[str, object]) -> None:
+        """RequestError for an option that it does not have, or a value that the option does not take."""
+        for option, value in options.items():
+            if option not in self.options:
+                raise RequestError(f"{option} is given to {name}, which has no such option: its options are {', '.join(self.options)}")
+            self.options[option].check(f"{option} of {name}", value)
+
+
+def _first_block(net: nn.Module, setting: Setting, *, threshold: float = 0.08) -> nn.Module:
+    return stack.skipping(net, setting.asked, lambda: stack.Steady(threshold), setting.tally)
+
+
+def _tea_cache(net: nn.Module, setting: Setting, *, threshold: float = 0.15) -> nn.Module:
+    return stack.skipping(net, setting.asked, lambda: stack.Drifting(threshold), setting.tally)
+
+
+def _taylor(net: nn.Module, setting: Setting, *, interval: int = 3, order: int = 1, warmup: int = 3) -> nn.Module:
+    return stack.skipping(net, setting.asked, lambda: stack.Foretold(setting.asked, interval, order, warmup), setting.tally)
+
+
+def _deep_cache(net: nn.Module, setting: Setting, *, interval: int = 3, layers: int = 1) -> nn.Module:
+    return deep.deep_cached(net, setting.asked, setting.tally, interval=interval, layers=layers)
+
+
+def _token_merging(net: nn.Module, setting: Setting, *, ratio: float = 0.5, deepest: int = 1) -> nn.Module:
+    return merge.merged(net, setting.tally, shape=setting.shape, ratio=ratio, deepest=deepest)
+
+
+INTERVAL = Option("of this many calls one is computed in full", 1, 20, whole=True)
+APPROXIMATIONS: dict[str, Approximation] = {
+    "first_block": Approximation(
+        _first_block, "all blocks but the first are left out where that one changes its input nearly as before", "Cheng et al. 2025 (ParaAttention)",
+        "transformer", "block passes", "stack", {"threshold": Option("relative change under which the rest is left out; 0 leaves nothing out", 0, 1)}, True),
+    "tea_cache": Approximation(
+        _tea_cache, "all blocks are left out until what the first reads has drifted far enough; without the paper's fitted polynomials",
+        "Liu et al. 2024 (TeaCache)", "transformer", "block passes", "stack",
+        {"threshold": Option("sum of relative changes at which the blocks run again; 0 leaves nothing out", 0, 2)}, True),
+    "taylor": Approximation(
+        _taylor, "blocks run in every n-th call, and a Taylor polynomial in time foretells between", "Liu et al. 2025 (TaylorSeer)", "transformer",
+        "block passes", "stack", {"interval": INTERVAL, "order": Option("of the polynomial; 0 keeps what was", 0, 4, whole=True),
+                                  "warmup": Option("first calls that are computed in full", 0, 100, whole=True)}),
+    "deep_cache": Approximation(
+        _deep_cache, "the deep layers run in every n-th call", "Ma et al. 2023 (DeepCache)", "unet", "layer passes", "layers",
+        {"interval": INTERVAL, "layers": Option("layers at the highest resolution that run in every call", 1, 2, whole=True)}),
+    "token_merging": Approximation(
+        _token_merging, "self-attention reads tokens that are alike as one", "Bolya and Hoffman 2023 (ToMe for SD)", "unet",
+        "tokens of self-attention", "tokens", {"ratio": Option("share of the tokens that is merged; 0 merges none", 0, 0.75),
+                                               "deepest": Option("merge where the grid is at most so much smaller than the latent", 1, 8, whole=True)}),
+}
+Chosen = Mapping[str, Mapping[str, Any]]
+
+
+def kind_of(cls: str) -> Kind:
+    """The kind of network that a declared class is, "diffusers.UNet2DConditionModel"."""
+    return "unet" if "UNet" in cls else "transformer"
+
+
+def approximation(name: str) -> Approximation:
+    """The approximation of that name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name not in APPROXIMATIONS:
+        near = difflib.get_close_matches(name, APPROXIMATIONS, 1, cutoff=0.5)
+        raise RequestError(f"{name!r:.60} is no approximation: " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(APPROXIMATIONS)}"))
+    return APPROXIMATIONS[name]
+
+
+def approximated(net: nn.Module, chosen: Chosen, setting: Setting) -> tuple[nn.Module, list[Callable[[], str]]]:
+    """A view of a network with approximations, in the order of the table, and for each a sentence about what it has saved so far."""
+    told = []
+    for name, info in APPROXIMATIONS.items():
+        if name in chosen:
+            own = replace(setting, tally=Tally())
+            net = info.apply(net, own, **chosen[name])
+            told.append(_saved(name, info, own.tally))
+    return net, told
+
+
+def _saved(name: str, info: Approximation, tally: Tally) -> Callable[[], str]:
+    return lambda: f"{name}: {tally.saved} of {tally.asked} {info.counts} were " + ("merged away" if info.group == "tokens" else "reused")
+
+
+def said(chosen: Chosen) -> str:
+    """What was chosen, with every option, in words."""
+    return ", ".join(" ".join([name, *(f"{option} {value}" for option, value in options.items())]) for name, options in chosen.items())
+
+
+def clashes(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two that do the same work, if there are."""
+    seen: dict[str, str] = {}
+    for name in names:
+        group = APPROXIMATIONS[name].group
+        if group in seen:
+            return seen[group], name
+        seen[group] = name
+    return None

@@ -1,0 +1,35 @@
+"""Approximations as a request asks for them, checked against what the model is. Knows requests, families and the table; runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from latentgen.errors import RequestError
+from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, approximation, clashes, kind_of
+
+if TYPE_CHECKING:
+    from latentgen.models.family import Family
+    from latentgen.run.request import Request
+
+
+def approximations_of(request: Request, family: Family, refuse: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """What the run leaves out: name -> all options, in the order of the table; what the model has no blocks for is refused.
+
+    Raises:
+        RequestError: an unknown name, option or value, or two that do the same work.
+    """
+    said = request.approximate or {}
+    for name, options in said.items():
+        approximation(name).check(name, options)
+    kinds = {kind_of(part.cls) for part in family.parts if "denoiser" in part.stages}
+    made = {}
+    for name, info in APPROXIMATIONS.items():
+        if name in said and info.kind in kinds:
+            made[name] = {**info.defaults, **said[name]}
+        elif name in said:
+            others = ", ".join(other for other, each in APPROXIMATIONS.items() if each.kind in kinds)
+            refuse(f"{name} is given but works on {KINDS[info.kind]}, which {family.name} is not: use one of {others}, or leave it out")
+    if (both := clashes(made)) is not None:
+        raise RequestError(f"{both[0]} and {both[1]} both decide which blocks are left out: give one of them")
+    return made
