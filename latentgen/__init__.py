@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from latentgen.run.replay import Replayed
     from latentgen.run.request import Request
     from latentgen.run.result import Result
+    from latentgen.run.resume import resume
+    from latentgen.run.state import State, read_state
 
 _HOMES = {
     "load": "latentgen.run.pipeline:load", "Pipeline": "latentgen.run.pipeline:Pipeline", "Request": "latentgen.run.request:Request",
     "Plan": "latentgen.run.plan:Plan", "Result": "latentgen.run.result:Result", "cards": "latentgen.models.card:cards",
-    "read_recipe": "latentgen.run.recipe:read_recipe", "Recipe": "latentgen.run.recipe:Recipe", "Replayed": "latentgen.run.replay:Replayed",
+    "read_recipe": "latentgen.run.recipe:read_recipe", "Recipe": "latentgen.run.recipe:Recipe",
+    "resume": "latentgen.run.resume:resume", "read_state": "latentgen.run.state:read_state", "State": "latentgen.run.state:State",
+    "Replayed": "latentgen.run.replay:Replayed",
     "inspect": "latentgen.models.inspect:inspect", "Report": "latentgen.models.inspect:Report",
     **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
 }

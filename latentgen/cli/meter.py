@@ -21,7 +21,7 @@ class Meter:
     """A context; `shown=False` makes it silent."""
 
     def __init__(self, *, shown: bool) -> None:
-        self._shown, self._bar, self._first, self._last = shown, None, 0.0, 0.0
+        self._shown, self._bar, self._first, self._last, self._from = shown, None, 0.0, 0.0, 0
         self._task: Any = None
 
     def __enter__(self) -> Meter:
@@ -51,15 +51,15 @@ class Meter:
     def step(self, step: Step) -> None:
         """One step is done. The rate leaves the first out, which also loads weights."""
         now, done = time.perf_counter(), step.index + 1
-        if done == 1:
-            self._first, self._last = now, now
+        if not self._from:
+            self._first, self._last, self._from = now, now, done
         text = f"{done}/{step.total}"
-        if done > 1 and now > self._first:
-            seconds = (now - self._first) / (done - 1)
+        if done > self._from and now > self._first:
+            seconds = (now - self._first) / (done - self._from)
             text += f", {_rate(seconds)}, {_clock(seconds * (step.total - done))} left"
         if self._bar is not None:
             self._bar.update(self._task, description="step", total=step.total, completed=done, text=text)
-        elif self._shown and (done == 1 or now - self._last >= LINE_EVERY):
+        elif self._shown and (done == self._from or now - self._last >= LINE_EVERY):
             typer.echo(f"step {text}", err=True)
             self._last = now
 

@@ -171,3 +171,8 @@ OUTPUT: Group = (
     _option(_O, "quiet", bool, "--quiet -q", "No progress and no notes; print only the file's name.", default=False),
     *JSON,
 )
+KEEP: Group = (
+    _option(_O, "save_state", Path | None, "--save-state", "Keep the run in this file, so that `latentgen resume FILE` goes on with it should it be stopped.",
+            metavar="FILE"),
+    _option(_O, "save_every", int | None, "--save-every", "How many steps lie between two savings. Default: 5; Ctrl-C saves, too."),
+)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from contextlib import suppress
+import shlex
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import asdict, fields
 from itertools import count
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentgen.cli.meter import Meter
-from latentgen.cli.options import DIALECT, JSON, MACHINE, OTHERS, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
+    from latentgen.run.pipeline import Run
     from latentgen.run.plan import Plan
     from latentgen.run.result import Result
 
@@ -37,27 +40,27 @@ Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE,
                                     metavar="FILE")]
 
 
-@takes(WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
+@takes(WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
 def txt2img(prompt: Prompt, **said: Any) -> None:
     """Make a picture from words."""
     _make("txt2img", prompt=prompt, **said)
 
 
-@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
 def img2img(prompt: Prompt, image: Image, **said: Any) -> None:
     """Redraw a picture towards the words."""
     _check_order(prompt, image)
     _make("img2img", prompt=prompt, image=image, **said)
 
 
-@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
 def inpaint(prompt: Prompt, image: Image, mask: Mask, **said: Any) -> None:
     """Repaint the white part of a mask; every other pixel stays as it is."""
     _check_order(prompt, image)
     _make("inpaint", prompt=prompt, image=image, mask=mask, **said)
 
 
-@takes(SIDES, WORDS, SAMPLING, TOLD, MACHINE, OUTPUT)
+@takes(SIDES, WORDS, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
 def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     """Continue a picture beyond its edges; the old pixels stay as they are."""
     _check_order(prompt, image)
@@ -66,7 +69,7 @@ def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     _make("outpaint", prompt=prompt, image=image, **said)
 
 
-@takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT)
+@takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT, KEEP)
 def edit(prompt: Prompt, reference: References, **said: Any) -> None:
     """Change a picture as the words instruct, with a model made for that (InstructPix2Pix, FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit)."""
     _check_order(prompt, reference[0])
@@ -95,25 +98,41 @@ def explain(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     typer.echo(json.dumps(asdict(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
 
-def _make(task: str, *, output: Path | None, quality: int | None, show: bool, quiet: bool, as_json: bool, **said: Any) -> None:
+def _make(task: str, *, quality: int | None, save_state: Path | None, save_every: int | None, **said: Any) -> None:
     """The whole of a picture command. What can be wrong is found before the first step."""
-    if show and as_json:
-        raise RequestError("--show draws on stdout, where --json writes: use one of the two")
-    quality = check_output(output, quality, strict=said["strict"])
+    shown = {name: said.pop(name) for name in ("output", "show", "quiet", "as_json")}
+    quality = check_output(shown["output"], quality, strict=said["strict"])
     from latentgen.run.request import Request
 
     words = {name: value for name, value in said.items() if name in Request.model_fields}
-    request = Request(**given(words))
-    pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False if quiet else None)  # has a bar where it downloads
-    with Meter(shown=not quiet) as meter:
-        meter.phase(f"loading {said['model']}")
-        run = pipe.stream(request)
-        for step in run:
-            meter.step(step)
-            if step.index + 1 == step.total:
-                meter.phase("decoding")
-        result = run.result
-        files = _save(result, output, quality)
+    request, model = Request(**given(words)), said["model"]
+    rest = {name: value for name, value in said.items() if name not in words}
+
+    def begin() -> Run:
+        pipe = opened(rest, progress=False if shown["quiet"] else None)  # has a bar where it downloads
+        return pipe.stream(request, save_state=save_state, save_every=save_every)
+
+    make(begin, loading=model, quality=quality, state=save_state, **shown)
+
+
+def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality: int, show: bool, quiet: bool, as_json: bool, state: Path | None) -> None:
+    """A run from its loading to its files, watched. state: the file that keeps it, which is named where it is stopped."""
+    if show and as_json:
+        raise RequestError("--show draws on stdout, where --json writes: use one of the two")
+    try:
+        with Meter(shown=not quiet) as meter:
+            meter.phase(f"loading {loading}")
+            with closing(begin()) as run:
+                for step in run:
+                    meter.step(step)
+                    if step.index + 1 == step.total:
+                        meter.phase("decoding")
+                result = run.result
+            files = _save(result, output, quality)
+    except KeyboardInterrupt:
+        if state is not None and state.is_file():
+            typer.echo(f"the run is kept: go on with `latentgen resume {shlex.quote(str(state))}`", err=True)
+        raise
     if not quiet:
         for note in result.notes:
             typer.echo(f"note: {note}", err=True)

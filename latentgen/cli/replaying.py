@@ -1,4 +1,4 @@
-"""recipe and replay: how a picture was made, as its file says, and making it again. Knows what is printed and the exit codes; the work is in run/."""
+"""recipe, replay and resume: how a picture was made, making it again, and going on with a run that was stopped. Knows what is printed; the work is in run/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentgen.cli.options import MACHINE, opened, takes
+from latentgen.cli.options import MACHINE, OUTPUT, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 EXAMPLES = {
     "recipe": "Example:  latentgen recipe heart.png",
     "replay": "Example:  latentgen replay heart.png",
+    "resume": "Example:  latentgen resume run.state -o heart.png",
 }
 File = Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP as it was saved.", metavar="PICTURE", show_default=False)]
+Kept = Annotated[Path, typer.Argument(help="The file that --save-state named.", metavar="STATE", show_default=False)]
+Every = Annotated[int | None, typer.Option("--save-every", help="How many steps lie between two savings. Default: as before.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 _PICTURES = "What it was made from"
 Source = Annotated[Path | None, typer.Option("--image", help="The picture that it was redrawn from.", rich_help_panel=_PICTURES, metavar="FILE")]
@@ -69,6 +72,25 @@ def replay(file: File, image: Source = None, mask: Mask = None, reference: Refer
         typer.echo("\n".join([*map(_cell, lines[:1] if quiet else lines), *files]))
     if not done.identical:
         raise typer.Exit(1)
+
+
+@takes(AS_IT_WAS, OUTPUT)
+def resume(state: Kept, save_every: Every = None, *, quality: int | None, **said: Any) -> None:
+    """Go on with a run that --save-state kept, to the very picture that it would have made.
+
+    Where they are left out, the model (by its card's or the hub's name), device and number type are those of the run.
+    """
+    from latentgen.cli.pictures import check_output, make
+    from latentgen.run.resume import as_it_was, named_model
+    from latentgen.run.state import read_state
+
+    shown = {name: said.pop(name) for name in ("output", "show", "quiet", "as_json")}
+    quality = check_output(shown["output"], quality, strict=True)
+    found = read_state(state)
+    said |= {name: value for name, value in as_it_was(found).items() if said[name] is None}
+    said["model"] = said["model"] or named_model(found)
+    loading = said["model"]
+    make(lambda: opened(said, progress=False if shown["quiet"] else None).stream(found, save_every=save_every), loading=loading, quality=quality, state=state, **shown)
 
 
 def _check_output(output: Path | None) -> None:

@@ -53,7 +53,7 @@ def save_image(image: Image.Image, path: str | Path, *, metadata: Mapping[str, s
         raise RequestError(f"the file name {path.name!r} ends in {path.suffix!r}: expected .png, .jpg (.jpeg) or .webp")
     if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
         raise RequestError(f"quality is {quality!r}: expected a whole number from 1 to 100")
-    _write_whole(path, _encoded(image, kind, _checked(metadata or {}), quality))
+    write_whole(path, _encoded(image, kind, _checked(metadata or {}), quality))
     return path
 
 
@@ -169,7 +169,12 @@ def _comment_text(comment: bytes | str) -> str:
     return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; nothing partial is left and an older file is untouched.
+    """
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"  # same folder, so that the rename cannot cross file systems
     try:
         with temporary.open("xb") as file:

@@ -5,8 +5,9 @@ All state of a call lives in the call, so one pipeline may serve many threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
+from latentgen.run.resume import kept, resumed
+from latentgen.run.state import Keeper, State, read_state
 from latentgen.run.texts import explain_text
 from latentgen.run.work import Work
 
@@ -85,7 +88,8 @@ class Pipeline:
         Args:
             prompt: what to draw; any length.
             on_step: called after each step; raise in it to stop (nothing is left behind).
-            options: the fields of `Request` (negative_prompt, width, height, steps, guidance_scale, sampler, seed, batch ...).
+            options: the fields of `Request` (negative_prompt, width, height, steps, guidance_scale, sampler, seed, batch ...), and, of every
+                picture call, save_state= and save_every=: see `stream`.
 
         Raises:
             RequestError: input that cannot be honoured, before any weights load.
@@ -121,6 +125,19 @@ class Pipeline:
 
         return replay(self, made, anyway=anyway, **pictures)
 
+    def resume(self, state: State | str | Path, *, on_step: OnStep | None = None, save_every: int | None = None) -> Result:
+        """An interrupted run made to its end, with the very bytes that it would have had. The file is written on, and holds the whole run in the end.
+
+        Args:
+            state: the file that `save_state=` named, or what `latentgen.read_state` read from it.
+            on_step: called after each step that was not yet made.
+            save_every: steps; None as it was.
+
+        Raises:
+            RequestError: the file is damaged or not the state of a run of this pipeline.
+        """
+        return self._finished(self.stream(state if isinstance(state, State) else read_state(state), save_every=save_every), on_step)
+
     def plan(self, request: Request | str, **options: Any) -> Plan:
         """Everything that would be done, decided without touching weights. Takes a `Request`, or a prompt with options.
 
@@ -140,25 +157,45 @@ class Pipeline:
         said = _as_request(request, options)
         return explain_text(said, self.checkpoint.tokenizers, steps=said.steps or self.family.defaults.steps)
 
-    def stream(self, request: Request | str | Plan, **options: Any) -> Run:
-        """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step."""
+    def stream(self, request: Request | str | Plan | State, *, save_state: str | Path | None = None, save_every: int | None = None, **options: Any) -> Run:
+        """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step.
+
+        Args:
+            request: a `Request`, a prompt with options, a finished plan, or an interrupted run (`latentgen.read_state`) of which the rest is made.
+            save_state: a file that keeps the run for `resume`: written after every `save_every` steps (5), at the end and where it stops.
+        """
+        if save_every is not None and save_state is None and not isinstance(request, State):
+            raise RequestError("save_every is given without save_state: name the file that keeps the run, or leave it out")
+        if isinstance(request, State):
+            _alone("an interrupted run", options)
+            return self._started(*resumed(self, request, save_state, save_every))
+        plan = self._planned(request, options)
+        return self._started(plan, None if save_state is None else kept(self, plan, save_state, save_every))
+
+    def _planned(self, request: Request | str | Plan, options: dict[str, Any]) -> Plan:
         if not isinstance(request, Plan):
-            return self._started(self.plan(request, **options))
-        if options:
-            raise RequestError(f"a finished plan was given with {', '.join(options)}: a plan takes no options, so give them to `plan`")
+            return self.plan(request, **options)
+        _alone("a finished plan", options)
         if Machine(request.model, request.device, request.dtype, request.residency, request.weights, self._machine.notes) != self._machine:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
-        return self._started(request)
+        return request
 
-    def _started(self, plan: Plan) -> Run:
-        return Run(self, Work(self.family, self.checkpoint, self.residency, self._memo, plan))
+    def _started(self, plan: Plan, keeper: Keeper | None = None) -> Run:
+        family = self.family if keeper is None else replace(self.family, predict=keeper.record.heard(self.family.predict))
+        work = Work(family, self.checkpoint, self.residency, self._memo, plan)
+        if keeper is None:
+            return Run(self, work, work.steps())
+        keeper.record.note = work.notes.append
+        return Run(self, work, keeper.steps(work.steps()), done=keeper.done)
 
-    def _run(self, task: str, on_step: OnStep | None, **said: Any) -> Result:
+    def _run(self, task: str, on_step: OnStep | None, *, save_state: str | Path | None = None, save_every: int | None = None, **said: Any) -> Result:
         request = _as_request(said.pop("prompt"), said)
         if request.task != task:
             raise RequestError(f"{task} was called with the input of {request.task}: " + _TASK_NEEDS[task])
-        run = self.stream(request)
-        with closing(run), Bar(run.plan, self.progress) as bar:  # closed, or a traceback would keep the run and its modules alive
+        return self._finished(self.stream(request, save_state=save_state, save_every=save_every), on_step)
+
+    def _finished(self, run: Run, on_step: OnStep | None) -> Result:
+        with closing(run), Bar(run.plan, self.progress, done=run.done) as bar:  # closed, or a traceback would keep the run and its modules alive
             for step in run:
                 bar.step(step)
                 if on_step is not None:
@@ -175,12 +212,11 @@ class Pipeline:
 
 
 class Run:
-    """One request under way. Iterate it for `Step`s; `result` runs what is left and gives the `Result`."""
+    """One request under way. Iterate it for `Step`s; `result` runs what is left and gives the `Result`. `done`: steps that were made before."""
 
-    def __init__(self, pipeline: Pipeline, work: Work) -> None:
-        self.plan = work.plan
-        self._pipeline, self._work = pipeline, work
-        self._steps = work.steps()
+    def __init__(self, pipeline: Pipeline, work: Work, steps: Generator[Step, None, Result], *, done: int = 0) -> None:
+        self.plan, self.done = work.plan, done
+        self._pipeline, self._work, self._steps = pipeline, work, steps
         self._result: Result | None = None
 
     def __iter__(self) -> Iterator[Step]:
@@ -223,11 +259,18 @@ _TASK_NEEDS = {
 }
 
 
+def _alone(what: str, options: dict[str, Any]) -> None:
+    if options:
+        raise RequestError(f"{what} was given with {', '.join(options)}: it takes no options, for all was said when it was planned")
+
+
 def _as_request(request: Request | str, options: dict[str, Any]) -> Request:
     if isinstance(request, Request):
         return request.replace(**options) if options else request
     if "on_step" in options:
         raise RequestError("'on_step' belongs to txt2img, img2img, inpaint and outpaint: with `stream`, loop over the steps instead")
+    if "save_state" in options or "save_every" in options:
+        raise RequestError("'save_state' belongs to the calls that make pictures of one request, and to `stream`: leave it out here")
     if "prompt" in options:
         raise RequestError("prompt is given twice: pass the words once")
     return Request(prompt=request, **options)

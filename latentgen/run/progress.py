@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """A context that shows one bar; `shown` None means: only where a person watches. total: steps, where they are not those of the plan alone."""
+    """A context that shows one bar; `shown` None means: only where a person watches. total: steps, where they are not those of the plan alone. done: of them, made before."""
 
-    def __init__(self, plan: Plan, shown: bool | None, *, total: int | None = None) -> None:
+    def __init__(self, plan: Plan, shown: bool | None, *, total: int | None = None, done: int = 0) -> None:
         self._bar: Any = None
         if shown or (shown is None and watched()):
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=total or plan.steps, desc=f"{plan.task} {plan.crop[0]}x{plan.crop[1]}", unit="step", leave=False)
+            self._bar = tqdm(total=total or plan.steps, initial=done, desc=f"{plan.task} {plan.crop[0]}x{plan.crop[1]}", unit="step", leave=False)
 
     def step(self, step: Step) -> None:
         """One step is done."""
