@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pipeline import edited_weights, fresh, hole, picture, same
+from tiny_folders import tiny
 from typer.testing import CliRunner
 
 import latentgen
@@ -216,6 +217,27 @@ def test_a_new_process_goes_on(tiny_folder: Path, pipe, tmp_path: Path) -> None:
         assert (tmp_path / f"b-{n}.png").read_bytes() == (tmp_path / f"whole-{n}.png").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sd15-inpaint", "sdxl", "sd3", "flux1", "flux2", "zimage", "qwenimage", "pixart"])
+def test_every_family(kind: str, tmp_path: Path) -> None:
+    """Also where what depends on the level alone was computed before the first step, by calls that make no picture."""
+    own = latentgen.load(tiny(kind).save(tmp_path / "model"), dtype="float32", device="cpu", progress=False)
+    said = {"steps": 3, "seed": 1, "width": 64, "height": 64, "batch": 2, "guidance_scale" if own.family.guidance == "cfg" else "true_cfg_scale": 3.0}
+    kept = own.stream("a red heart", save_state=tmp_path / "a.state", save_every=1, **said)
+    next(kept)
+    state = read_state(tmp_path / "a.state")
+    counted = copy(own)
+    calls: list[int] = []
+
+    def predict(*asked: Any) -> torch.Tensor:
+        answer = own.family.predict(*asked)
+        calls.append(len(answer))
+        return answer
+
+    counted.family = replace(own.family, predict=predict)
+    equal(counted.resume(state), kept.result)
+    assert sum(calls) == 2 * (kept.plan.evaluations - kept.plan.evaluations // 3)
+
+
 def test_channels_last_answers_stay_so(pipe, tmp_path: Path) -> None:
     """A sum over them would else run in another order."""
     last = copy(pipe)
@@ -323,6 +345,12 @@ def test_where_it_does_not_belong(pipe, state: Path) -> None:
         pipe.stream(read_state(state), steps=3)
     with pytest.raises(RequestError, match="no file 'none.state'"):
         pipe.resume(state.parent / "none.state")
+
+
+def test_what_a_network_remembers_is_not_kept(tmp_path: Path) -> None:
+    own = latentgen.load(tiny("sd15").save(tmp_path / "model"), dtype="float32", device="cpu", progress=False)
+    with pytest.raises(RequestError, match=r"with approximate \(deep_cache\)"):
+        own.txt2img("a cat", approximate="deep_cache", save_state=tmp_path / "a.state")
 
 
 def test_a_disk_that_is_full_does_not_end_the_run(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +180,10 @@ class Pipeline:
         return request
 
     def _started(self, plan: Plan, keeper: Keeper | None = None) -> Run:
-        family = self.family if keeper is None else replace(self.family, predict=keeper.record.heard(self.family.predict))
-        work = Work(family, self.checkpoint, self.residency, self._memo, plan)
         if keeper is None:
+            work = Work(self.family, self.checkpoint, self.residency, self._memo, plan)
             return Run(self, work, work.steps())
+        work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, keeper.record.heard)
         keeper.record.note = work.notes.append
         return Run(self, work, keeper.steps(work.steps()), done=keeper.done)
 

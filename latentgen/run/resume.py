@@ -57,7 +57,13 @@ def as_it_was(state: State) -> dict[str, str]:
 
 
 def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Keeper:
-    """What keeps the state of a run of this plan in a file. See `begun` for what it raises."""
+    """What keeps the state of a run of this plan in a file.
+
+    Raises:
+        RequestError: the plan leaves things out that a network remembers from step to step, which no file keeps. And see `begun`.
+    """
+    if plan.approximate:
+        raise RequestError(f"save_state is given with approximate ({', '.join(plan.approximate)}), whose memory of earlier steps cannot be kept: leave one of them out")
     return Keeper(begun(path, plan.request, every=every, total=plan.steps), lambda: make_recipe(plan, pipe.checkpoint.digest, ()))
 
 

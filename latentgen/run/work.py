@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -38,6 +39,10 @@ from latentgen.run.shortcuts import approximate, exact
 from latentgen.run.sizing import source_pixels
 from latentgen.run.words import Script, Speaker
 
+if TYPE_CHECKING:
+    from latentgen.run.denoising import Estimate
+    from latentgen.run.state import Predict
+
 
 @dataclass(frozen=True)
 class Work:
@@ -45,6 +50,7 @@ class Work:
 
     Attributes:
         memo: texts and pictures that were encoded before, by value; shared by all runs of a pipeline.
+        heard: wraps what a family predicts with, for each call of the network that makes the picture.
         notes: the plan's, and what this run adjusts.
         savings: what its approximations say that they saved, once it is over.
     """
@@ -54,6 +60,7 @@ class Work:
     residency: Residency
     memo: Memo
     plan: Plan
+    heard: Callable[[Predict], Predict] = lambda predict: predict
     notes: list[str] = field(default_factory=list)
     savings: list[Callable[[], str]] = field(default_factory=list)
 
@@ -130,10 +137,14 @@ class Work:
         asked = Asked()
         modules = exact(self.family, modules, asked, plan=self.plan, one=one, script=script, device=self.residency.device)
         modules = approximate(modules, asked, plan=self.plan, shape=(eps.shape[2], eps.shape[3]), notes=self.savings)
-        denoise = worded(self.family, network(self.family, modules, asked), self.plan, script)
+        denoise = worded(self.family, self.network(modules, asked), self.plan, script)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise
+
+    def network(self, modules: Modules, asked: Asked) -> Estimate:
+        """One evaluation of these networks, which is heard."""
+        return network(replace(self.family, predict=self.heard(self.family.predict)), modules, asked)
 
     def check_finite(self, x: Tensor) -> None:
         """NotFiniteError where the denoiser gave NaN or infinity."""
