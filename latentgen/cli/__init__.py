@@ -68,7 +68,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 PICTURES, MODELS, MAKING = "Pictures", "Models", "Making and judging models"
 for function in (pictures.txt2img, pictures.img2img, pictures.inpaint, pictures.outpaint, pictures.edit, pictures.plan, pictures.explain):
     app.command(rich_help_panel=PICTURES, epilog=pictures.EXAMPLES[function.__name__])(function)
-app.command(rich_help_panel=PICTURES, epilog=series.EXAMPLES["grid"])(series.grid)
+for function in (series.grid, series.interpolate):
+    app.command(rich_help_panel=PICTURES, epilog=series.EXAMPLES[function.__name__])(function)
 for function in (replaying.recipe, replaying.replay, replaying.resume):
     app.command(rich_help_panel=PICTURES, epilog=replaying.EXAMPLES[function.__name__])(function)
 app.command(rich_help_panel=MODELS, epilog=reports.EXAMPLES["models"])(reports.models)

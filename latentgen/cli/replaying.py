@@ -133,6 +133,8 @@ def _table(found: Recipe | Foreign) -> str:
     grid = getattr(found, "data", {}).get("grid")
     if isinstance(grid, dict) and isinstance(grid.get("axes"), list):
         rows["sheet of"] = " by ".join(map(_cell, grid["axes"]))
+    if isinstance(film := getattr(found, "data", {}).get("film"), dict):
+        rows["film of"] = f"{film.get('frames')} frames" + (", a loop" if film.get("loop") else "")
     if found.needs:
         rows["made from"] = ", ".join(found.needs) + " (not in the file)"
     rows |= {key: value for key in ("weights", "dtype", "device") if (value := getattr(found, "data", {}).get(key))}

@@ -1,4 +1,4 @@
-"""grid: many pictures for one file. Knows what is typed and printed; the work is in run/."""
+"""grid and interpolate: many pictures for one file. Knows what is typed and printed; the work is in run/."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ import typer
 from latentgen.cli.meter import Meter
 from latentgen.cli.options import MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, TOLD, WORDS, opened, takes
 from latentgen.cli.pictures import Prompt, check_output, free_name, given, slug
-from latentgen.errors import RequestError
+from latentgen.errors import OutputError, RequestError
 
-EXAMPLES = {"grid": 'Example:  latentgen grid "a red heart" --x guidance_scale=1,4,8 --y sampler=euler,dpmpp_2m -o sheet.png'}
+EXAMPLES = {"grid": 'Example:  latentgen grid "a red heart" --x guidance_scale=1,4,8 --y sampler=euler,dpmpp_2m -o sheet.png',
+            "interpolate": 'Example:  latentgen interpolate "a red heart" "a green apple" --frames 24 --loop -o morph.gif'}
 _ABOUT = "One field and its values, as guidance_scale=1,4,8 or 'prompt=\"a cat, flat\",a dog'."
 X = Annotated[str, typer.Option("--x", help=f"The columns. {_ABOUT}", metavar="NAME=VALUE,...", show_default=False)]
 Y = Annotated[str | None, typer.Option("--y", help="The rows, likewise.", metavar="NAME=VALUE,...")]
 Tile = Annotated[int | None, typer.Option("--tile", help="Pixels that every picture is scaled to, 16 to 4096. Default: as they are.")]
+
+Keys = Annotated[list[str], typer.Argument(help="Two or more; the film goes from one to the next.", metavar="PROMPT...", show_default=False)]
+Frames = Annotated[int, typer.Option("--frames", help="Of the whole film, 2 to 2400.")]
+Loop = Annotated[bool, typer.Option("--loop", help="Go on from the last prompt to the first, so that the film runs round.")]
+Fps = Annotated[float, typer.Option("--fps", help="Frames a second, 0.1 to 100.")]
+Folder = Annotated[Path | None, typer.Option("--folder", help="Keep every frame there; a film that was broken off goes on.", metavar="FOLDER")]
+FilmFile = Annotated[Path, typer.Option("--output", "-o", help="The file: .gif, .webp, .png (animated) or .mp4 (needs latentgen[video]).", metavar="FILE")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print only the file's name.")]
 
 
 @takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
@@ -59,6 +68,28 @@ def grid(prompt: Prompt, x: X, y: Y = None, tile: Tile = None, **said: Any) -> N
         from latentgen.terminal import show as show_picture
 
         show_picture(done.image)
+
+
+@takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE)
+def interpolate(prompts: Keys, output: FilmFile, frames: Frames = 24, loop: Loop = False, fps: Fps = 12.0, folder: Folder = None, quiet: Quiet = False,
+                **said: Any) -> None:
+    """Make a film from one prompt to the next: words and noise go along the sphere, frame by frame.
+
+    --seed 3,7 gives each prompt its own seed; one seed, or none, holds for all.
+    """
+    from latentgen.pixels.film import check_film
+    from latentgen.run.request import Request
+
+    check_film(output, fps)
+    if not output.parent.is_dir():
+        raise OutputError(f"the folder {str(output.parent)!r} does not exist: make it first, or choose another")
+    words = {name: value for name, value in said.items() if name in Request.model_fields}
+    pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False)
+    with Meter(shown=not quiet) as meter:
+        meter.phase("planning")
+        film = pipe.interpolate(prompts, frames=frames, loop=loop, folder=folder, on_step=meter.step, **given(words))
+        path, = film.save(output, fps=fps)
+    typer.echo(str(path) if quiet else f"{path}  {film}")
 
 
 def axis(text: str, option: str) -> dict[str, list[Any]]:

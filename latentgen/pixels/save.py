@@ -13,9 +13,10 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, PngImagePlugin
 
@@ -23,6 +24,7 @@ from latentgen.errors import ImageError, OutputError, RequestError
 from latentgen.pixels.source import MAX_PIXELS, check_size
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+KINDS = ("PNG", "JPEG", "WEBP", "GIF")  # that are read; films may be GIFs
 PARAMETERS = "parameters"  # the entry that other programs read
 MAX_TEXT = 2**20  # letters of one entry, written or read
 _EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
@@ -53,7 +55,7 @@ def save_image(image: Image.Image, path: str | Path, *, metadata: Mapping[str, s
         raise RequestError(f"the file name {path.name!r} ends in {path.suffix!r}: expected .png, .jpg (.jpeg) or .webp")
     if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
         raise RequestError(f"quality is {quality!r}: expected a whole number from 1 to 100")
-    write_whole(path, _encoded(image, kind, _checked(metadata or {}), quality))
+    write_whole(path, _encoded(image, kind, checked_metadata(metadata or {}), quality))
     return path
 
 
@@ -73,7 +75,7 @@ def read_metadata(source: Image.Image | str | Path | bytes) -> dict[str, str]:
         if isinstance(source, Image.Image):
             found = _entries(source)
         else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(set(SUFFIXES.values()))) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as image:
                 check_size(*image.size, name=named, max_pixels=MAX_PIXELS)
                 found = _entries(image)
     except ImageError:
@@ -87,6 +89,8 @@ def _entries(image: Image.Image) -> dict[str, str]:
     if isinstance(image, PngImagePlugin.PngImageFile):
         return {str(key): str(value) for key, value in image.text.items()}
     found = {str(key): value for key, value in image.info.items() if isinstance(value, str)}  # of a PNG's copy
+    comment = image.info.get("comment")  # of a GIF, or a JPEG
+    found |= _object(comment.decode("ascii", "replace")) if isinstance(comment, bytes) else {}
     exif = image.getexif()
     for tag in _TEXT_TAGS:
         found |= _described(exif.get(tag))
@@ -112,7 +116,8 @@ def _object(text: str) -> dict[str, str]:
     return {}
 
 
-def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
+def checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata that every kind of file can keep, or RequestError."""
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise RequestError(f"metadata[{key!r}] is a {type(value).__name__}: expected text for key and value, so convert it")
@@ -138,14 +143,14 @@ def _encoded(image: Image.Image, kind: str, metadata: dict[str, str], quality: i
             image.save(buffer, "PNG", pnginfo=text)
         else:
             chroma = {"subsampling": 0 if quality >= 90 else 2} if kind == "JPEG" else {"method": 4}
-            image.save(buffer, kind, quality=quality, exif=_exif(metadata, most=_JPEG_EXIF if kind == "JPEG" else math.inf), **chroma)
+            image.save(buffer, kind, quality=quality, exif=exif_bytes(metadata, most=_JPEG_EXIF if kind == "JPEG" else math.inf), **chroma)
     except (OSError, ValueError) as error:
         size = f"{image.width}x{image.height}, mode {image.mode}"
         raise OutputError(f"a picture ({size}, {len(metadata)} metadata entries) cannot be saved as {kind} ({error}): save it as PNG") from error
     return buffer.getvalue()
 
 
-def _exif(metadata: dict[str, str], *, most: float) -> bytes:
+def exif_bytes(metadata: dict[str, str], *, most: float) -> bytes:
     """The entries as EXIF; "parameters", which repeats for others what the rest says, only where both fit into `most` bytes."""
     if not metadata:
         return b""
@@ -156,7 +161,7 @@ def _exif(metadata: dict[str, str], *, most: float) -> bytes:
     if PARAMETERS in metadata:
         exif[_EXIF_IFD] = {_USER_COMMENT: _UNICODE + metadata[PARAMETERS].encode("utf-16-be")}
     written = exif.tobytes()
-    return _exif(others, most=most) if len(written) > most and others and PARAMETERS in metadata else written
+    return exif_bytes(others, most=most) if len(written) > most and others and PARAMETERS in metadata else written
 
 
 def _comment_text(comment: bytes | str) -> str:
@@ -170,22 +175,29 @@ def _comment_text(comment: bytes | str) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all: see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write (and read and seek) that appears under its name once the block ends well; else nothing partial is left and an older file stays.
 
     Raises:
-        OutputError: it cannot be written; nothing partial is left and an older file is untouched.
+        OutputError: the folder cannot be written, or the disk is full.
     """
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"  # same folder, so that the rename cannot cross file systems
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
+        with temporary.open("x+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) or isinstance(error, OutputError):
             raise
         why = error.strerror or str(error)
         raise OutputError(f"{str(path)!r} cannot be written ({why}) and nothing was left behind: make room, or choose a writable folder") from error

@@ -5,7 +5,7 @@ All state of a call lives in the call, so one pipeline may serve many threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from latentgen.run.work import Work
 
 if TYPE_CHECKING:
     from latentgen.run.grid import Axis, Grid
+    from latentgen.run.interpolate import Film
     from latentgen.run.replay import Replayed
 
 OnStep = Callable[[Step], None]
@@ -117,6 +118,13 @@ class Pipeline:
         from latentgen.run.grid import make_grid
 
         return make_grid(self, _as_request(prompt, options), x=x, y=y, tile=tile, on_step=on_step)
+
+    def interpolate(self, keys: Sequence[Request | str], *, frames: int = 24, loop: bool = False, folder: str | Path | None = None,
+                    on_step: OnStep | None = None, **options: Any) -> Film:
+        """A film from one request to the next, as interpolate(["a cat", "a dog"]).save("x.gif"). See `latentgen.run.interpolate.plan_film`."""
+        from latentgen.run.interpolate import plan_film
+
+        return plan_film(self, keys, frames=frames, loop=loop, folder=folder, on_step=on_step, **options)
 
     def replay(self, made: Any, /, *, anyway: bool = False, **pictures: Any) -> Replayed:
         """A picture made again from the recipe in its file: identical, or what differs. See `latentgen.run.replay.replay`."""

@@ -14,6 +14,7 @@ from PIL import Image
 from latentgen.errors import RequestError
 from latentgen.pixels.image import open_image
 from latentgen.run.grid import Grid, check_about
+from latentgen.run.interpolate import MAX_FRAMES, Film, remade
 from latentgen.run.recipe import PICTURES, Foreign, Recipe, as_recipe, make_recipe, picture_hash
 from latentgen.run.series import run_all
 
@@ -30,13 +31,13 @@ class Replayed:
     """A picture made again.
 
     Attributes:
-        result: the picture, or the sheet, None where it could not be run because a source picture is missing or another one.
+        result: the picture, the sheet or the film, None where it could not be run because a source picture is missing or another one.
         identical: whether every pixel is as it was when the picture was made: compared with the file where it is exact, else with the hash in the
             recipe.
         differences: each factor that is not as it was, and how far the pixels are apart; also where they came out the same.
     """
 
-    result: Result | Grid | None
+    result: Result | Grid | Film | None
     identical: bool
     differences: tuple[str, ...] = ()
 
@@ -72,8 +73,11 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
     if missing:
         return Replayed(None, False, missing)
     cells = recipe.cells or (recipe,)
-    if recipe.cells:
+    film = "film" in recipe.data
+    if recipe.cells and not film:
         check_about(recipe.data.get("grid"), len(cells))
+    if len(cells) > MAX_FRAMES:
+        raise RequestError(f"the recipe tells of {len(cells):,} pictures: expected at most {MAX_FRAMES:,}, so it was altered")
     plans, nows = [], []
     for cell in cells:
         plans.append(pipe.plan(cell.request(**given)))
@@ -83,14 +87,20 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
     if sources:
         return Replayed(None, False, sources)
     factors = tuple(dict.fromkeys(factor for cell, now in zip(cells, nows, strict=True) for factor in _factors(cell.data, now)))
-    results = list(run_all(pipe, plans, total=sum(plan.steps for plan in plans)))
+    results = run_all(pipe, plans, total=sum(plan.steps for plan in plans))
     file = None if isinstance(made, Recipe) else made
     if not recipe.cells:
-        pixels = _pixels(recipe, results[0].image, file)
-        return Replayed(results[0], not pixels, (*factors, *pixels))
-    whole = Grid.of(recipe.data["grid"], results)
-    pixels = (*(f"picture {n}: {far}" for n, (cell, result) in enumerate(zip(cells, results, strict=True), 1) for far in _pixels(cell, result.image, None)),
-              *_pixels(recipe, whole.image, file))
+        result = next(results)
+        pixels = _pixels(recipe, result.image, file)
+        return Replayed(result, not pixels, (*factors, *pixels))
+    if film:
+        images = [result.image for result in results]
+        whole: Grid | Film = remade(pipe, recipe, [plan.request for plan in plans], images)
+        ours: tuple[str, ...] = ()
+    else:
+        whole = Grid.of(recipe.data["grid"], list(results))
+        images, ours = [result.image for result in whole.results], _pixels(recipe, whole.image, file)
+    pixels = (*(f"picture {n}: {far}" for n, (cell, image) in enumerate(zip(cells, images, strict=True), 1) for far in _pixels(cell, image, None)), *ours)
     return Replayed(whole, not pixels, (*factors, *pixels))
 
 

@@ -6,12 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from latentgen.diffusion.sample import Step
-from latentgen.errors import RequestError
+from latentgen.errors import ImageError, RequestError
+from latentgen.pixels.image import open_image
 from latentgen.pixels.save import MAX_TEXT
 from latentgen.run.progress import Bar
+from latentgen.run.recipe import Recipe, picture_hash, read_recipe
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from latentgen.run.result import Result
 
 OnStep = Callable[[Step], None]
+FREE = ("versions", "notes", "batch", "pixels_sha256")  # of a recipe: they do not decide the picture
 ROOM = 400  # letters that a recipe grows by for each picture once it is made: its hash, and some notes
 
 
@@ -61,3 +67,19 @@ def check_room(recipe: Mapping[str, Any], what: str) -> None:
     letters = len(json.dumps(recipe, ensure_ascii=False)) + ROOM * len(recipe["cells"])
     if letters > MAX_TEXT:
         raise RequestError(f"the recipe of {what} would have {letters:,} letters and a file keeps {MAX_TEXT:,}: make fewer pictures at once, or shorten the prompts")
+
+
+def kept_picture(path: Path, recipe: Mapping[str, Any]) -> Image.Image | None:
+    """The picture of a file that an earlier run made from this recipe, None where it is not there, changed, or another's. Versions may differ."""
+    try:
+        found = read_recipe(path)
+        if not isinstance(found, Recipe) or _deciding(found.data) != _deciding(json.loads(json.dumps(dict(recipe)))):
+            return None
+        image = open_image(path)
+    except ImageError:
+        return None
+    return image if picture_hash(image) == found.data.get("pixels_sha256") else None
+
+
+def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name not in FREE}
