@@ -6,9 +6,11 @@ from tiny_folders import tiny
 
 import latentgen
 from latentgen.diffusion.level import Level
+from latentgen.errors import ModelError
 from latentgen.models.asked import Asked
+from latentgen.models.elsewhere import Elsewhere
 from latentgen.models.family import Conditioning
-from latentgen.models.modulation import find_modulations, modulated
+from latentgen.models.modulation import find_modulations, modulated, modulation_names
 from latentgen.models.shared import Once, before_words
 from latentgen.run import work
 from latentgen.run.batch import joined, repeated
@@ -90,8 +92,7 @@ def test_the_weights_of_modulations_are_about_a_quarter():
 
     with torch.device("meta"):
         net = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    found = find_modulations(net)
-    sizes = {name: net.get_parameter(name).numel() for name in found.weights()}
+    sizes = {name: sum(p.numel() for p in net.get_submodule(name).parameters()) for name in modulation_names(net)}
     double = sum(n for name, n in sizes.items() if name.startswith("transformer_blocks"))
     single = sum(n for name, n in sizes.items() if name.startswith("single_transformer_blocks"))
     whole = 19 * sum(p.numel() for p in net.transformer_blocks.parameters()) + 38 * sum(p.numel() for p in net.single_transformer_blocks.parameters())
@@ -168,3 +169,32 @@ def test_rows_in_another_order_are_not_taken_for_sides():
     inner = torch.nn.Linear(3, 3)
     x = torch.randn(4, 3)
     assert torch.equal(Once(inner, asked)(x), inner(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind, count in HEADS.items() if count])
+def test_by_stage_the_weights_of_modulations_stay_in_their_file(kind, tmp_path):
+    """The picture is the resident one's, bit for bit; an adaptive sampler, which asks about levels that nobody foresaw, is answered too."""
+    folder = tiny(kind).save(tmp_path / kind)
+    resident, staged = (latentgen.load(folder, dtype="float32", device="cpu", residency=policy, progress=False) for policy in ("resident", "stage"))
+    for sampler in ({}, {"sampler": "rk45", "sampler_options": {"rtol": 0.5}, "steps": 2}):
+        assert torch.equal(make(staged, kind, **sampler).latents, make(resident, kind, **sampler).latents)
+    names = modulation_names(network_of(resident))
+    with staged.residency.use("denoiser") as modules, resident.residency.use("denoiser") as whole:
+        (lean,), (net,) = modules.values(), whole.values()
+        left = {name for name, module in lean.named_modules() if isinstance(module, Elsewhere)}
+        assert left == set(names)
+        missing = {name for name, _ in net.named_parameters()} - {name for name, _ in lean.named_parameters()}
+        assert missing == {f"{name}.{each}" for name in names for each, _ in net.get_submodule(name).named_parameters()}
+
+
+def test_a_modulation_that_is_not_finite_is_found_when_it_is_read(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny("flux1").save(tmp_path / "flux1")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["single_transformer_blocks.0.norm.linear.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    staged = latentgen.load(folder, dtype="float32", device="cpu", residency="stage", progress=False)
+    with pytest.raises(ModelError, match="1 tensors of .* have NaN"):
+        make(staged, "flux1")

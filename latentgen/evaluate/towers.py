@@ -45,7 +45,8 @@ class Towers:
         """
         import torch
 
-        from latentgen.models.load import Source, load_part, part_config, weights_files
+        from latentgen.models.files import part_config, weights_files
+        from latentgen.models.load import Source, load_part
 
         def tower(name: str, cls: str) -> Any:
             place = folder / name

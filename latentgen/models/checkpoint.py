@@ -18,7 +18,8 @@ from latentgen.models.card import Card, families, family_file, find_card, publis
 from latentgen.models.convert import find_prefix
 from latentgen.models.family import Config, Family, FamilyFile, Model, Part
 from latentgen.models.header import regular_file
-from latentgen.models.load import Source, check_config, check_fit, digest, part_config, weights_files
+from latentgen.models.files import check_config, digest, part_config, weights_files
+from latentgen.models.load import Source, check_fit
 from latentgen.models.pickles import refuse_pickle
 
 if TYPE_CHECKING:

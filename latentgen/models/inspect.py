@@ -23,7 +23,7 @@ from latentgen.models.identify import Identified as Identified
 from latentgen.models.identify import bases, built, configs, family_of_index, fitting, parts_of, twins
 from latentgen.models.identify import identify as identify
 from latentgen.models.kinds import DENOISERS, Kind, adapter, component
-from latentgen.models.load import part_config, weights_files
+from latentgen.models.files import part_config, weights_files
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v", "v-prediction": "v", "v": "v", "sample": "x0", "flow": "flow"}
 ADAPTERS = ("LoRA", "ControlNet", "T2I-Adapter", "IP-Adapter", "motion module", "textual-inversion embedding")

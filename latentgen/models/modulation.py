@@ -8,7 +8,7 @@ Knows modules by what they have: a part of the network that embeds the time, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.models.asked import Asked
+from latentgen.models.elsewhere import Elsewhere
 from latentgen.models.family import Conditioning
 from latentgen.models.view import Ended, StandIn, ending, view
 
@@ -63,11 +64,6 @@ class Modulations:
     heads: dict[str, nn.Module] = field(repr=False)
     activated: frozenset[str]
 
-    def weights(self) -> Iterator[str]:
-        """Names of the parameters that a network can do without once the table is made."""
-        for name, head in self.heads.items():
-            yield from (f"{name}.{each}" for each, _ in head.named_parameters())
-
 
 def find_modulations(net: nn.Module) -> Modulations | None:
     """What of a network depends on the level alone, or None where there is nothing of the kind."""
@@ -83,9 +79,15 @@ def find_modulations(net: nn.Module) -> Modulations | None:
         if isinstance(activation, nn.SiLU) and isinstance(getattr(module, "linear", None), nn.Module) and getattr(module, "emb", None) is None:
             heads[f"{name}.linear"] = module.linear
             activated.add(f"{name}.linear")
-        elif name.rpartition(".")[2] in WHOLE and isinstance(module, nn.Sequential):
+        elif name.rpartition(".")[2] in WHOLE and isinstance(module, (nn.Sequential, Elsewhere)):
             heads[name] = module
     return Modulations(embedder, heads, frozenset(activated))
+
+
+def modulation_names(net: nn.Module) -> tuple[str, ...]:
+    """Names of the children that a network can do without once their answers are known."""
+    found = find_modulations(net)
+    return () if found is None else tuple(found.heads)
 
 
 def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[[nn.Module], Any]]]) -> nn.Module:

@@ -17,6 +17,7 @@ from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Part, Stage
 from latentgen.models.load import load_part
+from latentgen.models.modulation import modulation_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +67,8 @@ class Residency:
         key = (part.name, dtype)
         with self._lock:
             if key not in self._here:
-                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype)
+                leave = None if self.policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
+                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave)
             if not self._users.get(key):
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1

@@ -1,0 +1,36 @@
+"""A module whose weights stay in their memory-mapped file: they are read when it is called, and their pages leave memory after.
+
+For what a run calls once. Knows tensors and modules; knows no family and no device but that of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Elsewhere(nn.Module):
+    """Stands for a module that is on the meta device. It has no parameters, so nothing moves or counts them.
+
+    Args:
+        shell: the module without numbers.
+        stored: its tensors as they stand in the file, by the module's own names.
+        ready: a stored tensor -> what the module computes with, checked.
+        release: told of each stored tensor after use.
+    """
+
+    def __init__(self, shell: nn.Module, stored: Mapping[str, Tensor], *, ready: Callable[[str, Tensor], Tensor], release: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.shell = (shell,)  # in a tuple, or it would be a child
+        self.stored, self.ready, self.release = dict(stored), ready, release
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's answer, computed where its first argument is."""
+        weights = {name: self.ready(name, tensor).to(args[0].device) for name, tensor in self.stored.items()}
+        answer = functional_call(self.shell[0], weights, args, kwargs)
+        for tensor in self.stored.values():
+            self.release(tensor)
+        return answer
