@@ -153,7 +153,7 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
     from latentgen.models.convert import LazyTensors, dequantised
 
     module = empty_module(source, part)
-    keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if str(dtype) == "torch.float16" else ()
+    keep = kept_precise(module, dtype)
     stored = _read(source, dtype)
     tensors = _own_names(dequantised(stored, dtype), source, part, module)
     _compare(tensors, module, source.label)
@@ -163,7 +163,7 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
         tensor = tensors.pop(name)
         if name in floating and not tensor.is_floating_point():
             raise ModelError(f"the tensor {name!r} of {source.label} is stored as {tensor.dtype}: expected floating-point numbers, so get the file in another precision")
-        ready[name] = _ready(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
+        ready[name] = as_kept(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
         if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
             stored.release(tensor)  # or what was copied as it stands in the file would be in memory twice
     _check_finite(ready, source.label)
@@ -182,7 +182,7 @@ def _leave(module: nn.Module, names: Collection[str], source: Source, tensors: d
     from latentgen.models.elsewhere import Elsewhere
 
     def ready(name: str, tensor: Tensor) -> Tensor:
-        made = _ready(tensor, dtype, keep=False, images=False)
+        made = as_kept(tensor, dtype, keep=False, images=False)
         _check_finite({name: made}, source.label)
         return made
 
@@ -190,6 +190,11 @@ def _leave(module: nn.Module, names: Collection[str], source: Source, tensors: d
         own = {name.removeprefix(f"{child}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{child}.")}
         shell = module.get_submodule(child).eval().requires_grad_(False)
         module.set_submodule(child, Elsewhere(shell, own, ready=ready, release=release or (lambda tensor: None)))
+
+
+def kept_precise(module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of modules that stay in float32 beside float16."""
+    return tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if str(dtype) == "torch.float16" else ()
 
 
 def _read(source: Source, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -227,7 +232,7 @@ def _compare(tensors: Mapping[str, Tensor], module: nn.Module, label: str) -> No
                          "get the file again, or give the config that belongs to it")
 
 
-def _ready(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> Tensor:
+def as_kept(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> Tensor:
     """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped, unless it is misaligned)."""
     import torch
 

@@ -84,6 +84,7 @@ class Work:
                 for step in sample(denoise, x, one.levels, noise=lambda: noise.draw().to(device), **plan.options):
                     x = step.x
                     yield replace(step, index=done + step.index, total=plan.steps)
+            del modules, denoise, step  # with what their views hold
             self.check_finite(x)
             done += one.steps
         self.notes.extend(saved() for saved in self.savings)

@@ -1,0 +1,30 @@
+"""Modules on paper: a part as loading gives it, with shapes, dtypes and memory formats and no byte of its weights. Knows headers and configs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from latentgen.models.load import as_kept, empty_module, kept_precise
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from latentgen.models.family import Part
+    from latentgen.models.load import Source
+
+
+def paper_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
+    """The part as `load_part` gives it, with weights on the meta device: shapes, dtypes and memory formats without a byte of them.
+
+    Raises:
+        ModelError: an unknown class, or a config that does not fit it.
+    """
+    module = empty_module(source, part)
+    keep = kept_precise(module, dtype)
+    images = part.cls.startswith("diffusers.")
+    state = {name: as_kept(torch.empty(t.shape, dtype=t.dtype, device="meta"), dtype, keep=any(k in name.split(".") for k in keep), images=images)
+             if t.is_floating_point() else t for name, t in module.state_dict().items()}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,152 @@
+"""A plan run on paper: the code of a real run on tensors without numbers, to know its memory and arithmetic. Reads headers and configs, no weights.
+
+Knows a run's stages. Knows no family: what a network allocates is seen while its own code runs (on the meta device), not written down here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentgen.models.family import Family, Stage
+from latentgen.models.paper import paper_part
+from latentgen.run.ledger import KINDS, Ledger
+from latentgen.run.memo import Memo
+from latentgen.run.work import Work
+from latentgen.run.workspace import on_cpu, on_gpu
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from latentgen.models.checkpoint import Checkpoint
+    from latentgen.run.plan import Plan
+
+STAGES: tuple[Stage, ...] = ("text", "encoder", "denoiser", "decoder")
+KEPT = 64  # rehearsals that a process remembers
+SAID = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask", "reference", "latents",
+        "steps", "guidance_scale", "strict")  # what of a request changes no shape, or shows in the plan
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a run will need beside its weights.
+
+    Attributes:
+        activations: stage -> the most bytes of tensors alive in it; absent where the run has no such stage.
+        flops: stage -> kind of arithmetic -> floating-point operations of the whole run.
+    """
+
+    activations: Mapping[Stage, int]
+    flops: Mapping[Stage, Mapping[str, float]]
+
+
+class PaperResidency:
+    """Stands for `Residency` in a rehearsal: parts with shapes only, and the ledger read at the end of each stage."""
+
+    def __init__(self, checkpoint: Checkpoint, ledger: Ledger, dtype: torch.dtype) -> None:
+        self.checkpoint, self.ledger, self.dtype = checkpoint, ledger, dtype
+        self.parts = {part: paper_part(checkpoint.sources[part.name], part, dtype) for part in checkpoint.family.parts}
+        self.device = torch.device("cpu")  # where inputs are made, in numbers; what meets a weight is paper from there on
+        self.peaks: dict[Stage, int] = {}
+        self.flops: dict[Stage, dict[str, float]] = {}
+
+    def check(self) -> None:
+        """There is nothing to read."""
+
+    @contextmanager
+    def use(self, stage: Stage, *, dtype: torch.dtype | None = None) -> Iterator[dict[str, nn.Module]]:
+        """As `Residency.use`."""
+        before = dict(self.ledger.flops)
+        self.ledger.restart()
+        try:
+            yield {part.name: module for part, module in self.parts.items() if stage in part.stages}
+        finally:
+            self.peaks[stage] = max(self.peaks.get(stage, 0), self.ledger.peak)
+            done = self.flops.setdefault(stage, dict.fromkeys(KINDS, 0.0))
+            for kind in KINDS:
+                done[kind] += self.ledger.flops[kind] - before[kind]
+
+
+_remembered: OrderedDict[str, Rehearsed] = OrderedDict()
+_lock = Lock()
+
+
+def rehearse(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
+    """Run a plan on paper, or remember how a plan of the same shapes went.
+
+    Raises:
+        What the run itself would raise that hangs on no numbers.
+    """
+    key = _key(checkpoint, plan)
+    with _lock:
+        if key in _remembered:
+            _remembered.move_to_end(key)
+            return _remembered[key]
+    made = _rehearsed(checkpoint, family, plan)
+    with _lock:
+        _remembered[key] = made
+        while len(_remembered) > KEPT:
+            _remembered.popitem(last=False)
+    return made
+
+
+def _rehearsed(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
+    cpu, count, pictures = plan.device.startswith("cpu"), min(len(plan.seeds), plan.rows), len(plan.seeds)
+    shown = replace(plan, noise=replace(plan.noise, own=plan.noise.own[:count], variations=plan.noise.variations[:count]))
+    seen = [0]
+    ledger = Ledger(paper=True, alike=plan.batching != "triple", workspace=on_cpu if cpu else on_gpu)
+    residency = PaperResidency(checkpoint, ledger, getattr(torch, plan.dtype))
+    sampling = dict.fromkeys(KINDS, 0.0)
+    with torch.no_grad(), ledger:
+        work = Work(replace(family, predict=_counted(family, seen)), checkpoint, residency, Memo(), shown)  # type: ignore[arg-type]
+        readied = [(work.script(one), work.source_latents(one)) for one in plan.passes]
+        for one, (script, z0) in zip(plan.passes, readied, strict=True):
+            eps = torch.zeros(count, *family.latent.shape(one.width, one.height))
+            x = work.start(one, z0, eps) if eps.shape[1:] == family.latent.shape(plan.width, plan.height) else eps
+            began = dict(ledger.flops)
+            with residency.use("denoiser") as modules:
+                denoise = work.denoiser(one, modules, script, z0, eps)
+                before, seen[0] = dict(ledger.flops), 0
+                x = denoise(x, max(one.levels[:-1], key=lambda level: _guided_at(plan, family, level)))
+                for kind in KINDS:
+                    sampling[kind] += before[kind] - began[kind] + (ledger.flops[kind] - before[kind]) / max(seen[0], 1) * one.evaluations * pictures
+            del modules, denoise
+        work.pixels(plan.passes[-1], x[:1])
+    activations, flops = dict(residency.peaks), {stage: dict(kinds) for stage, kinds in residency.flops.items()} | {"denoiser": sampling}
+    flops["decoder"] = {kind: value * pictures for kind, value in flops["decoder"].items()}
+    if cpu:  # finished pictures lie there as they are decoded, and once more when they are joined
+        activations["decoder"] += (pictures - 1) * 2 * 3 * 4 * plan.width * plan.height
+    return Rehearsed(activations, flops)
+
+
+def _counted(family: Family, seen: list[int]) -> Any:
+    def predict(modules: Any, x: Any, level: Any, conditioning: Any) -> Any:
+        seen[0] += len(x)
+        return family.predict(modules, x, level, conditioning)
+
+    return predict
+
+
+def _guided_at(plan: Plan, family: Family, level: Any) -> bool:
+    low, high = plan.guidance_interval
+    return low <= family.path.find(level.half_log_snr) <= high
+
+
+def _key(checkpoint: Checkpoint, plan: Plan) -> str:
+    """What the shapes of a run hang on."""
+    said = plan.request.model_dump(exclude=set(SAID), mode="python")
+    texts = [[{name: (len(c.ids), len(c.ids[0]), c.weighted) for name, c in one.chunks.items()} for span in text.spans for one in span.conjuncts]
+             for text in (plan.prompt, plan.negative)]
+    passes = [(one.width, one.height, one.tile, one.evaluations, None if one.source is None else one.source.mask is None) for one in plan.passes]
+    parts = {part.name: (part.cls, dict(checkpoint.sources[part.name].config)) for part in checkpoint.family.parts}
+    whole = [parts, said, texts, passes, [picture.size for picture in plan.references], plan.task, len(plan.seeds), plan.rows, plan.batching,
+             plan.dtype, plan.device, plan.guidance_interval, plan.weighting, plan.sampler, dict(plan.approximate)]
+    return sha256(json.dumps(whole, default=repr, sort_keys=True).encode()).hexdigest()
