@@ -166,7 +166,7 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
         ready[name] = as_kept(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
         if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
             stored.release(tensor)  # or what was copied as it stands in the file would be in memory twice
-    _check_finite(ready, source.label)
+    _check_finite(ready, source.label, dtype)
     module.load_state_dict(ready, strict=True, assign=True)
     if isinstance(getattr(module, "_tied_weights_keys", None), Mapping):
         module.tie_weights()  # one parameter again, so that moving it does not make two
@@ -245,13 +245,14 @@ def as_kept(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> 
     return ready
 
 
-def _check_finite(tensors: Mapping[str, Tensor], label: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], label: str, dtype: torch.dtype) -> None:
     import torch
 
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32)))]
     bad = [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow where no weight does
     if bad:
-        raise ModelError(f"{len(bad)} tensors of {label} have NaN or infinite weights (first {bad[0]!r}): get the file again")
+        cure = ", or load it with dtype='float32', for float16 holds no number above 65504" if dtype == torch.float16 else ""
+        raise ModelError(f"{len(bad)} tensors of {label} have NaN or infinite weights (first {bad[0]!r}): get the file again{cure}")
 
 
 def _EmptyOnMeta() -> Any:  # noqa: N802 - a class, made when torch is there

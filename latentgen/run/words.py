@@ -19,6 +19,7 @@ from latentgen.conditioning.weighting import Listener, Weigh, Weighing, unweight
 from latentgen.models.family import Conditioning, Side, Words
 from latentgen.pixels.image import to_tensor
 from latentgen.run.batch import alike, blended, fingerprint, tensors
+from latentgen.run.guard import check_words, once_more
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
@@ -122,17 +123,15 @@ class Speaker:
 
         def make() -> tuple[Conditioning, tuple[str, ...]]:
             if not weights:
-                return self._encode(chunks, said, empty, unweighted), ()
+                return self._encode(chunks, said, empty, unweighted)
             weigh = Weighing(rule, weights, self._silence(chunks, said) if rule == "comfy" else {})  # type: ignore[arg-type]
-            made = self._encode(chunks, said, empty, weigh)
-            return made, tuple(reader for reader in weights if reader not in weigh.heard)
+            made, notes = self._encode(chunks, said, empty, weigh)
+            deaf = (f"weights say nothing to {reader}, whose pooled vector alone is used" for reader in weights if reader not in weigh.heard)
+            return made, (*notes, *deaf)
 
         weighed = (rule, tuple((reader, laid.weights) for reader, laid in chunks.items())) if weights else None
-        made, deaf = self.memo.get((*self._key("text", chunks, said), empty, weighed), make, lambda value: tensors(value[0]))
-        for reader in deaf:
-            note = f"weights say nothing to {reader}, whose pooled vector alone is used"
-            if note not in self.notes:
-                self.notes.append(note)
+        made, notes = self.memo.get((*self._key("text", chunks, said), empty, weighed), make, lambda value: tensors(value[0]))
+        self.notes.extend(note for note in notes if note not in self.notes)
         return made
 
     def _silence(self, chunks: Mapping[str, PromptChunks], said: Side) -> Mapping[str, Tensor]:
@@ -161,10 +160,23 @@ class Speaker:
         """The pictures that the text encoder looks at."""
         return self.plan.references if self.family.reads_pictures else ()
 
-    def _encode(self, chunks: Mapping[str, PromptChunks], said: Side, empty: bool, weigh: Weigh) -> Conditioning:
+    def _encode(self, chunks: Mapping[str, PromptChunks], said: Side, empty: bool, weigh: Weigh) -> tuple[Conditioning, tuple[str, ...]]:
+        """One text through the encoders, in float32 once more where they overflow, with a note about that."""
         device = self.residency.device
         ids = {name: torch.tensor(laid.ids, device=device) for name, laid in chunks.items()}
         mask = {name: torch.tensor(laid.mask, device=device) for name, laid in chunks.items()}
-        words = Words(ids, mask, said, empty, self._skip, tuple(to_tensor(picture) for picture in self._seen), weigh)
-        with self.residency.use("text") as modules, torch.no_grad():
-            return self.family.encode(modules, words)
+        seen = tuple(to_tensor(picture) for picture in self._seen)
+
+        def encoded(dtype: torch.dtype) -> Conditioning:
+            heard: dict[str, Tensor] = {}
+
+            def listened(reader: str, states: Tensor) -> Tensor:
+                heard[reader] = states
+                return weigh(reader, states)
+
+            with self.residency.use("text", dtype=dtype) as modules, torch.no_grad():
+                made = self.family.encode(modules, Words(ids, mask, said, empty, self._skip, seen, listened))
+            check_words(heard, made.tokens, made.pooled, dtype)
+            return made
+
+        return once_more("the words were encoded", encoded, self.residency.dtype)

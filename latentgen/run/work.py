@@ -28,6 +28,7 @@ from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.mask import paste_back
 from latentgen.run.denoising import network, worded
+from latentgen.run.guard import even, flat, named, once_more, pictures_named
 from latentgen.run.guiding import OPTIONS
 from latentgen.run.memo import Memo
 from latentgen.run.passes import Pass
@@ -120,7 +121,7 @@ class Work:
                 return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, call=self.family.vae_encode)
 
         key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile)
-        z0, said = self.memo.get(key, lambda: self.finite("encoded", encoded), lambda made: [made[0]])
+        z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency.dtype), lambda made: [made[0]])
         self.notes.extend(said)
         return z0
 
@@ -154,15 +155,6 @@ class Work:
             cure = "check its weights and guidance_scale" if dtype == "float32" else "load the model with dtype='float32'"
             raise NotFiniteError(f"the denoiser gave NaN or infinity in {dtype}: {cure}")
 
-    def finite(self, what: str, compute: Callable[[torch.dtype], Tensor]) -> tuple[Tensor, tuple[str, ...]]:
-        """compute(dtype) in the pipeline's dtype, or where that overflows once more in float32, with a note about it."""
-        try:
-            return compute(self.residency.dtype), ()
-        except NotFiniteError as error:
-            if self.residency.dtype == torch.float32:
-                raise
-            return compute(torch.float32), (f"the picture was {what} once more in float32: {error}",)
-
     def pixels(self, one: Pass, z: Tensor) -> Tensor:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
 
@@ -170,8 +162,27 @@ class Work:
             with self.residency.use("decoder", dtype=dtype) as modules:
                 return torch.cat([decode(modules["vae"], part, self.family.latent, tile=one.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
 
-        pixels, said = self.finite("decoded", decoded)
+        pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
         self.notes.extend(said)
+        return self.seen(one, z, pixels, partial(decoded, torch.float32))
+
+    def seen(self, one: Pass, z: Tensor, pixels: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """The pixels; where a picture is one flat colour and should not be, once more in float32, and what stays flat is noted.
+
+        A flat latent, or a flat source, may give a flat picture.
+        """
+        spread = [True] * len(z) if one.source is None else [not any(flat(source_pixels(one.source)))] * len(z)
+        wrong = [n for n, (empty, expected) in enumerate(zip(flat(pixels), spread, strict=True)) if empty and expected and z[n].numel() > len(z[n])]
+        if not wrong:
+            return pixels
+        who, dtype = pictures_named(wrong, self.plan.seeds), self.residency.dtype
+        if dtype != torch.float32 and not all(even(z[wrong])):
+            self.notes.append(f"{who} came out of the decoder as one flat colour in {named(dtype)} and was decoded once more in float32")
+            pixels = again()
+            wrong = [n for n in wrong if flat(pixels)[n]]
+        for n in wrong:
+            why = "its latent is flat, so the denoiser gave nothing" if even(z)[n] else "its latent is not, so the decoder lost it"
+            self.notes.append(f"{pictures_named([n], self.plan.seeds)} is one flat colour: {why}; check the weights and options of the model")
         return pixels
 
     def finish(self, one: Pass, pixels: Tensor) -> list[Image.Image]:
