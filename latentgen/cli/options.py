@@ -44,10 +44,18 @@ _P = "Picture"
 DIALECT: Group = (
     _option(_P, "dialect", str, "--dialect", "How prompts are read: a1111 ((word:1.3), [from:to:0.4], AND), comfy ((word:1.3)) or plain (as they stand).",
             default="a1111", metavar="NAME"),
+    _option(_P, "styles", list[str] | None, "--style", "A style of --styles-file, laid over the words; may be said several times.", metavar="NAME"),
+    _option(_P, "styles_file", Path | None, "--styles-file", "Saved prompt templates: TOML, a table with prompt and negative for each.", metavar="FILE"),
+    _option(_P, "wildcards", Path | None, "--wildcards", "The folder of word lists that __name__ draws from, by each picture's seed ({a|b} needs none).",
+            metavar="FOLDER"),
 )
 OTHERS: Group = tuple(
     _option(_P, f"prompt_{n}", str, f"--prompt-{n}", f"Other words for the model's {nth} text encoder.", default="", metavar="TEXT")
     for n, nth in ((2, "second"), (3, "third")))
+SEED: Group = (
+    _option(_P, "seed", list[str] | None, "--seed", "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Several, as 3,7,11, give one "
+            "picture each. Default: a new one, which is reported.", metavar="N"),
+)
 WORDS: Group = (
     _option(_P, "negative_prompt", str | None, "--negative --negative-prompt", "What the picture should not show. Needs guidance above 1.",
             metavar="TEXT"),
@@ -60,8 +68,7 @@ WORDS: Group = (
     _option(_P, "weighting", str | None, "--weighting", "By which rule weights in a prompt hold: a1111, a1111_no_norm or comfy. Default: the dialect's.",
             metavar="NAME"),
     _option(_P, "clip_skip", int, "--clip-skip", "Which layer of CLIP is read: 1 the model's own, 2 the one before it.", default=1),
-    _option(_P, "seed", list[str] | None, "--seed", "A whole number from 0 to 2**63 - 1; the same seed gives the same picture. Several, as 3,7,11, give one "
-            "picture each. Default: a new one, which is reported.", metavar="N"),
+    *SEED,
     _option(_P, "variation_strength", float | None, "--variation-strength",
             "0 to 1: how far the noise is turned to that of --variation-seed. A batch then has one seed, and varies it.", metavar="SHARE"),
     _option(_P, "variation_seed", list[str] | None, "--variation-seed", "As --seed; picture i of a batch uses it + i. Default: a new one, which is reported.",

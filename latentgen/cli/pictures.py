@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentgen.cli.meter import Meter
-from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, SAMPLING, SEED, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ def plan(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     typer.echo(json.dumps(_plan_data(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
 
-@takes(DIALECT, OTHERS, MACHINE, STEPS, JSON)
+@takes(DIALECT, OTHERS, SEED, MACHINE, STEPS, JSON)
 def explain(prompt: Prompt, *, as_json: bool, **said: Any) -> None:
     """Print how a prompt is read: its tokens with their weights, chunks, what is said in which step, and what is not heard. Loads no weights."""
-    words = {name: said.pop(name) for name in ("dialect", "prompt_2", "prompt_3", "steps")}
+    words = {name: said.pop(name) for name in ("dialect", "styles", "styles_file", "wildcards", "prompt_2", "prompt_3", "steps", "seed")}
     made = opened(said, progress=None).explain(prompt, **given(words))
     typer.echo(json.dumps(asdict(made), ensure_ascii=False, indent=1) if as_json else str(made))
 
@@ -204,8 +204,8 @@ def _save(result: Result, output: Path | None, quality: int) -> list[Path]:
         return result.save(output, quality=quality)
     from latentgen.pixels.save import save_image
 
-    words = slug(result.plan.request.prompt)
-    return [save_image(image, free_name(output or Path(), f"{words}-{seed}"), metadata=result.metadata(n))
+    words = [slug(plan.prompt.text) for plan in result.plan.pictures or (result.plan,) * len(result)]
+    return [save_image(image, free_name(output or Path(), f"{words[n]}-{seed}"), metadata=result.metadata(n))
             for n, (image, seed) in enumerate(zip(result.images, result.seeds, strict=True))]
 
 
@@ -236,12 +236,13 @@ def _report(result: Result, files: list[Path], *, quiet: bool, as_json: bool) ->
 
 def _plan_data(made: Plan) -> dict[str, Any]:
     """A plan as plain data: every field but the request and the pictures, prompts as their counts, levels as numbers."""
-    pictures = ("request", "source", "references")
+    pictures = ("request", "source", "references", "pictures")
     data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in (*pictures, "passes", "prompt", "negative", "noise")}
     data |= {"steps": made.steps, "evaluations": made.evaluations, "seeds": made.seeds, "noise": asdict(made.noise),
              "options": dict(made.options), "weights": dict(made.weights)}
     for name, text in (("prompt", made.prompt), ("negative", made.negative)):
         data[name] = {"text": text.text, "tokens": text.tokens, "chunks": len(text.ids)}
+        data[name] |= {"texts": [getattr(one, name).text for one in made.pictures]} if made.pictures else {}
         data[name] |= {"said": str(text)} if len(text.spans) > 1 or text.composed > 1 else {}
     passes = [{f.name: getattr(one, f.name) for f in fields(one) if f.name not in pictures} | {"steps": one.steps, "tile": one.tile} for one in made.passes]
     for one in passes:

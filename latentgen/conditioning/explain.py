@@ -70,6 +70,7 @@ class Explanation:
         schedule: (first step, last step, ((weight, number of the prompt from 1), ...)), steps counted from 1 and both included.
         prompts: the distinct prompts, in the order in which they are first said.
         notes: what was not read as it may have been meant, and what is not heard.
+        drawn: what wildcards came to in `text`, as "{red|green} -> red".
     """
 
     text: str
@@ -78,9 +79,10 @@ class Explanation:
     schedule: tuple[tuple[int, int, tuple[tuple[float, int], ...]], ...]
     prompts: tuple[Prompt, ...]
     notes: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"dialect   {self.dialect}"]
+        lines = [f"dialect   {self.dialect}", *(f"drawn     {draw}" for draw in self.drawn)]
         if len(self.schedule) > 1 or len(self.schedule[0][2]) > 1:
             lines += [f"steps     {said}" for said in self._schedule()]
         for number, prompt in enumerate(self.prompts, 1):
@@ -97,7 +99,7 @@ class Explanation:
         def cells(values: list[object], tag: str = "td") -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values) + "</tr>"
 
-        parts = [f"<p>dialect <b>{html.escape(self.dialect)}</b></p>"]
+        parts = [f"<p>dialect <b>{html.escape(self.dialect)}</b></p>", *(f"<p>drawn {html.escape(draw)}</p>" for draw in self.drawn)]
         if len(self.schedule) > 1 or len(self.schedule[0][2]) > 1:
             parts += ["<ul>", *(f"<li>steps {html.escape(said)}</li>" for said in self._schedule()), "</ul>"]
         for number, prompt in enumerate(self.prompts, 1):

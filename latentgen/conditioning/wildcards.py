@@ -25,6 +25,7 @@ from latentgen.errors import RequestError
 
 MAX_BYTES = 2**20  # of a file
 MAX_DRAWS = 1000
+MARKS = ("{", "__")  # without one of them a text has no wildcard
 MAX_DEPTH = 16  # of files that name files
 _TOKENS = re.compile(r"\\.|__(?:[^\W_]|[./-]|_(?!_)){1,100}+__|[{}|]|[^\\{}|_]++|_++|\\", re.DOTALL)
 _WEIGHT = re.compile(r"\s*+([0-9]++(?:\.[0-9]++)?)::")

@@ -46,7 +46,7 @@ class Foreign:
             RequestError: a change is wrong.
         """
         program = self.tool.partition(" ")[0]
-        return Request(**({"prompt": "", "dialect": DIALECTS.get(program, "a1111")} | dict(self.fields) | changes))
+        return Request(**({"prompt": "", "dialect": DIALECTS.get(program, "a1111"), "wildcards": False} | dict(self.fields) | changes))
 
     def noted(self, note: str) -> Foreign:
         """The same with one more note."""

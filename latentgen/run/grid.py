@@ -16,10 +16,10 @@ from latentgen.conditioning.prompt import shown
 from latentgen.errors import RequestError
 from latentgen.pixels.save import save_image
 from latentgen.pixels.sheet import sheet
-from latentgen.run.recipe import ALWAYS, PICTURES, make_recipe, metadata, picture_hash
+from latentgen.run.recipe import ALWAYS, PICTURES, joined_recipe, make_recipe, metadata, picture_hash
 from latentgen.run.request import Request, suggestion
 from latentgen.run.result import Result, shown_html
-from latentgen.run.series import OnStep, check_room, joined_recipe, run_all
+from latentgen.run.series import OnStep, check_room, run_all
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
@@ -182,7 +182,7 @@ def _axis(where: str, said: Any, request: Request) -> tuple[str, tuple[Any, ...]
     (name, values), = said.items()
     if name not in Request.model_fields:
         raise RequestError(f"{where} is over {name!r}, which is not a known option: {suggestion(str(name))}")
-    if name in (*PICTURES, "batch", "strict"):
+    if name in (*PICTURES, "batch", "strict", "styles_file", "wildcards"):
         raise RequestError(f"{where} is over {name}, which no cell can have of its own: give it for the whole sheet" + (", or make seed an axis" if name == "batch" else ""))
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise RequestError(f"{where} has the values {shown(values)}: expected a list of one or more")

@@ -59,10 +59,17 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Denoising strength": recipe.get("strength"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
-    said |= _script(recipe.get("grid"))
+    said |= _script(recipe.get("grid")) | _template(recipe)
     settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items() if value is not None)
     negative = str(recipe.get("negative_prompt", ""))
     return "\n".join([_safe(str(recipe.get("prompt", ""))), *([f"{NEGATIVE} {_safe(negative)}"] if negative else []), settings])
+
+
+def _template(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What the words were made of, by the names that programs with wildcards and styles have for it."""
+    said = recipe.get("template") if isinstance(recipe.get("template"), Mapping) else {}
+    told = {"Template": said.get("prompt"), "Negative Template": said.get("negative_prompt"), "Styles": ", ".join(map(str, recipe.get("styled_with", ())))}
+    return {name: str(value) for name, value in told.items() if value}
 
 
 def read_parameters(text: str) -> Parameters | None:

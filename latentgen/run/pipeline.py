@@ -18,15 +18,15 @@ from latentgen.diffusion.sample import Step
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
 from latentgen.pixels.latent import preview
+from latentgen.run.meaning import explained, planned
 from latentgen.run.memo import Memo
-from latentgen.run.plan import Machine, Plan, make_plan
+from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
 from latentgen.run.state import Keeper, State, read_state
-from latentgen.run.texts import explain_text
 from latentgen.run.work import Work
 
 if TYPE_CHECKING:
@@ -151,18 +151,18 @@ class Pipeline:
         Raises:
             RequestError, ImageError: input that cannot be honoured.
         """
-        return make_plan(_as_request(request, options), self.family, self.checkpoint.tokenizers, self._machine)
+        return planned(_as_request(request, options), self.family, self.checkpoint.tokenizers, self._machine)
 
     def explain(self, request: Request | str, **options: Any) -> Explanation:
         """What a prompt says to each encoder: tokens, chunks, weights, the schedule by step, what is not heard. Loads no weights; print it.
 
-        Takes a `Request`, or a prompt with options, of which dialect, steps, prompt_2 and prompt_3 count.
+        Takes a `Request`, or a prompt with options, of which dialect, steps, prompt_2, prompt_3, styles and wildcards count, and the seed that these are
+        drawn for (0 where none is given).
 
         Raises:
             RequestError: see `Request`; or more text than any request may have.
         """
-        said = _as_request(request, options)
-        return explain_text(said, self.checkpoint.tokenizers, steps=said.steps or self.family.defaults.steps)
+        return explained(_as_request(request, options), self.family, self.checkpoint.tokenizers)
 
     def stream(self, request: Request | str | Plan | State, *, save_state: str | Path | None = None, save_every: int | None = None, **options: Any) -> Run:
         """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step.

@@ -19,11 +19,10 @@ from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of
 from latentgen.run.guiding import guidance_of
 from latentgen.run.levels import levels_of
-from latentgen.run.meaning import meant
 from latentgen.run.passes import Pass
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import open_references, sized
-from latentgen.run.texts import PlannedText, plan_texts, resolved
+from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
@@ -37,6 +36,7 @@ class Plan:
     """What will be done, in full. Print it.
 
     Attributes:
+        request: what was said, with styles laid over its texts and wildcards drawn.
         passes: size, levels and source picture of each way through the levels; most times one. What has only one of them is that of the first
             (`width`, `height`, `levels`, `asked_steps`, `first_step`, `strength`, `source`), the finished picture's that of the last (`crop`, `tile`).
         prompt, negative: what is said when, as token chunks, as many of one as of the other where both are used.
@@ -48,6 +48,9 @@ class Plan:
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
         weights: bytes of weights per stage, from the files' headers.
+        origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.
+        pictures: where wildcards gave the pictures of a batch different texts, the plan of each; () for most. Then `prompt` and `negative` are those
+            of the first, and `evaluations` the most that any has.
     """
 
     request: Request
@@ -75,6 +78,8 @@ class Plan:
     notes: tuple[str, ...]
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[Plan, ...] = field(default=(), repr=False)
 
     width = property(lambda self: self.passes[0].width)
     height = property(lambda self: self.passes[0].height)
@@ -115,6 +120,11 @@ class Plan:
         }
         if self.approximate:
             rows["approx"] = said(self.approximate)
+        if self.pictures:
+            rows["prompt"] = "; ".join(f"seed {plan.seeds[0]}: {short(plan.prompt.text)}, {plan.prompt}" for plan in self.pictures[:SHOWN])
+            rows["prompt"] += f"; and {len(self.pictures) - SHOWN} more" if self.pictures[SHOWN:] else ""
+        elif self.origin:
+            rows["text"] = "; ".join([short(self.prompt.text), *self.origin.get("drawn", ())])
         if self.task != "txt2img":
             rows["strength"] = f"{self.strength:g}"
         return "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + "".join(f"\nnote      {n}" for n in self.notes)
@@ -139,7 +149,6 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         RequestError, ImageError: input that cannot be honoured; with strict=False contradictions become notes instead.
     """
     notes, defaults = list(machine.notes), family.defaults
-    spoken, request = request, meant(request)
 
     def refuse(problem: str) -> None:
         if request.strict:
@@ -172,7 +181,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=spoken, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
+        request=request, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), prompt=prompt, negative=negative,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from latentgen.conditioning.wildcards import MARKS
 from latentgen.errors import ImageError, RequestError
 from latentgen.pixels.save import PARAMETERS, read_metadata
 from latentgen.run.foreign import Foreign, read_foreign
 from latentgen.run.parameters import write_parameters
-from latentgen.run.request import Request
+from latentgen.run.request import PROMPTS, Request
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 KEY = "latentgen"
 PICTURES = ("image", "mask", "reference", "latents")  # fields of a request that no file carries: a recipe knows their hashes
 WHOLE = ("cells", "grid", "film", "pixels_sha256")  # what a sheet's or film's recipe says of the whole
+PLACES = ("styles", "styles_file", "wildcards")  # where words came from: a recipe has the words
 ALWAYS = ("prompt", "negative_prompt", "batch")  # said even where they are as they would be anyway
 
 
@@ -84,7 +86,7 @@ class Recipe:
         Raises:
             RequestError: the recipe was altered and says what no request can, or a change is wrong.
         """
-        first = {"prompt": "", "dialect": "plain"}  # the first recipes name no dialect: in their prompts nothing was syntax
+        first = {"prompt": "", "dialect": "plain", "wildcards": False}  # the first recipes name no dialect: in their prompts nothing was syntax
         return Request(**(first | self.fields | changes))
 
 
@@ -92,8 +94,11 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     """The request with every default filled in, the model's digest, versions and notes; JSON-ready. Source pictures are named by hash only.
 
     Every key that a `Request` has too may be given back to one as it is: with the same pictures, that makes the same picture. `batch` is the number
-    of pictures that were made; `rows`, where it is above 1, how many of them the network saw at once, which may change the last bits on a GPU.
+    of pictures that were made (where wildcards gave them different texts, "cells" has what each says by itself); `rows`, where it is above 1, how many of them the network saw at once, which may change the last bits on a GPU.
     """
+    if plan.pictures:
+        recipes = [make_recipe(picture, digest, notes) for picture in plan.pictures]
+        return joined_recipe([{name: value for name, value in recipe.items() if name != "batch"} for recipe in recipes])
     request = plan.request
     recipe: dict[str, Any] = {
         "task": plan.task, "model": plan.model, "weights": digest, "prompt": request.prompt, "negative_prompt": request.negative_prompt,
@@ -104,6 +109,8 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
     recipe |= {"approximate": {name: dict(options) for name, options in plan.approximate.items()}} if plan.approximate else {}
     recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in
+    wild = request.dialect != "plain" and any(mark in getattr(request, name) for name in PROMPTS if getattr(request, name) for mark in MARKS)
+    recipe |= {**plan.origin, **({"wildcards": False} if wild else {})}  # what had to be drawn was drawn: what looks like it is text
     recipe |= {name: value for name, value in _said(request).items() if name not in recipe}
     recipe |= {"reference_sha256": [picture_hash(picture) for picture in plan.references]} if plan.references else {}
     recipe |= {"latents_sha256": hashlib.sha256(request.latents.float().cpu().numpy().tobytes()).hexdigest()} if request.latents is not None else {}
@@ -114,6 +121,13 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     levels = " ".join(f"{level.alpha:.9g},{level.sigma:.9g}" for one in plan.passes for level in one.levels)
     recipe |= {"levels_sha256": hashlib.sha256(levels.encode()).hexdigest()[:16]} | ({"rows": plan.rows} if plan.rows > 1 else {})
     return recipe | {"dtype": plan.dtype, "device": plan.device.split(":")[0], "versions": _versions(plan.device), "notes": list(notes)}
+
+
+def joined_recipe(recipes: Sequence[Mapping[str, Any]], **about: Any) -> dict[str, Any]:
+    """One recipe for several pictures: what all say alike, `about` them, and under "cells" what each says beside; `Recipe.cells` parts them again."""
+    own = "pixels_sha256"  # the whole has one of its own
+    base = {name: value for name, value in recipes[0].items() if name != own and all(name in recipe and recipe[name] == value for recipe in recipes)}
+    return {**base, **about, "cells": [{name: value for name, value in recipe.items() if name not in base} for recipe in recipes]}
 
 
 def metadata(recipe: Mapping[str, Any], seed: int | None = None, image: Image.Image | None = None, *, variation_seed: int | None = None) -> dict[str, str]:
@@ -183,7 +197,7 @@ def _said(request: Request) -> dict[str, Any]:
     found = {}
     for name, field in Request.model_fields.items():
         value = getattr(request, name)
-        if name not in PICTURES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
+        if name not in PICTURES and name not in PLACES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
 

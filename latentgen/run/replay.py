@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
     from latentgen.run.result import Result
 
-_PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", *(f"{name}_sha256" for name in PICTURES))  # compared one by one, or of no weight
+_PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", "template", "styled_with", "drawn",
+           *(f"{name}_sha256" for name in PICTURES))  # compared one by one, or of no weight
 _NAMES = {"weights": "the weights", "levels_sha256": "the noise levels", "rows": "pictures per network call", "kernels": "the processor's kernels"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ EXPECTED = {
     "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
     "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
     "blend": "a number from 0 (prompt) to 1 (blend_prompt)",
+    "styles": "names of styles, as ['cinematic']", "styles_file": "a TOML file with a table for each style",
+    "wildcards": "a folder of word lists, or False to draw nothing",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
 EXPECTED |= {side: "a whole number of pixels from 8 to 8192, a multiple of the model's latents" for side in ("seed_width", "seed_height")}
@@ -79,6 +82,9 @@ class Request(BaseModel):
         strength: share of the steps that an edit runs, above 0 to 1.
         left, right, top, bottom: pixels that outpaint adds. feather: soft rim of the outpaint mask.
         dialect: how prompts are read: "a1111" ((word:1.3), [from:to:0.4], [a|b], AND, BREAK), "comfy" ((word:1.3)) or "plain" (nothing is syntax).
+        styles: saved prompt templates of `styles_file` (TOML, a table with `prompt` and `negative` for each), laid over the texts in this order.
+        wildcards: the folder of the word lists that __name__ draws a line of. {a|b} is drawn without one; False leaves both as text. Each picture of a
+            batch draws by its own seed, in the dialects a1111 and comfy.
         weighting: by which rule weights hold: "a1111", "a1111_no_norm" or "comfy"; None takes that of the dialect.
         blend_prompt: words towards which those of `prompt` are turned, by the share `blend`, 0 to 1 (0.5 where none is said): every token's state, and
             the pooled vector, along the sphere. Schedules are kept on both sides; AND is not.
@@ -134,6 +140,9 @@ class Request(BaseModel):
     weighting: str | None = Field(None, pattern="^(a1111|a1111_no_norm|comfy)$")
     blend_prompt: str | None = None
     blend: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    styles: tuple[str, ...] = ()
+    styles_file: str | Path | None = None
+    wildcards: str | Path | bool | None = None
     prompt_2: str = ""
     prompt_3: str = ""
     negative_prompt_2: str = ""
@@ -179,6 +188,21 @@ class Request(BaseModel):
         if not 1 <= len(each) <= 64 or not all(type(one) is int and 0 <= one < 2**63 for one in each):
             raise ValueError("not seeds")
         return each if several else each[0]
+
+    @field_validator("styles", mode="before")
+    @classmethod
+    def _styles(cls, value: Any) -> Any:
+        names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else None
+        if names is None or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("no names")
+        return names
+
+    @field_validator("wildcards", "styles_file", mode="before")
+    @classmethod
+    def _place(cls, value: Any) -> Any:
+        if value is True or (isinstance(value, str) and not value.strip()):
+            raise ValueError("no place")
+        return value
 
     @field_validator("guidance_interval", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from PIL import Image
 
 from latentgen.pixels.save import save_image
 from latentgen.pixels.sheet import sheet
-from latentgen.run.recipe import metadata
+from latentgen.run.recipe import Recipe, metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,8 @@ class Result:
     def metadata(self, n: int) -> dict[str, str]:
         """What the file of picture n (from 0) says of how it was made."""
         variations = self.plan.noise.variations
-        return metadata(self.recipe, self.seeds[n], self.images[n], variation_seed=variations[n] if variations else None)
+        cells = Recipe(self.recipe).cells
+        return metadata(cells[n].data if cells else self.recipe, self.seeds[n], self.images[n], variation_seed=variations[n] if variations else None)
 
     def grid(self, columns: int | None = None) -> Image.Image:
         """All pictures on one white sheet, `columns` wide (by default near a square).

@@ -60,10 +60,13 @@ def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Kee
     """What keeps the state of a run of this plan in a file.
 
     Raises:
-        RequestError: the plan leaves things out that a network remembers from step to step, which no file keeps. And see `begun`.
+        RequestError: the plan leaves things out that a network remembers from step to step, which no file keeps, or wildcards gave its pictures
+            different texts, which no one request says. And see `begun`.
     """
     if plan.approximate:
         raise RequestError(f"save_state is given with approximate ({', '.join(plan.approximate)}), whose memory of earlier steps cannot be kept: leave one of them out")
+    if plan.pictures:
+        raise RequestError("save_state is given but wildcards draw different texts for the pictures of this batch: make them one by one, or leave it out")
     return Keeper(begun(path, plan.request, every=every, total=plan.steps), lambda: make_recipe(plan, pipe.checkpoint.digest, ()))
 
 

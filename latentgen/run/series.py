@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -53,13 +53,6 @@ def run_all(pipe: Pipeline, requests: Iterable[Plan | Request], *, total: int, o
     finally:
         if bar is not None:
             bar.__exit__(None, None, None)
-
-
-def joined_recipe(recipes: Sequence[Mapping[str, Any]], **about: Any) -> dict[str, Any]:
-    """One recipe for several pictures: what all say alike, `about` them, and under "cells" what each says beside; `Recipe.cells` parts them again."""
-    own = "pixels_sha256"  # the whole has one of its own
-    base = {name: value for name, value in recipes[0].items() if name != own and all(name in recipe and recipe[name] == value for recipe in recipes)}
-    return {**base, **about, "cells": [{name: value for name, value in recipe.items() if name not in base} for recipe in recipes]}
 
 
 def check_room(recipe: Mapping[str, Any], what: str) -> None:

@@ -185,6 +185,10 @@ def _own(request: Request, side: str, readers: list[str], *, composed: bool) -> 
 
 def _said(one: tuple[float, PromptChunks]) -> str:
     weight, chunks = one
-    text = " ".join(chunks.text.split())
-    text = text if len(text) <= SHORT else text[:SHORT - 3] + "..."
-    return ("" if weight == 1 else f"{weight:g} ") + f"{text!r} ({chunks.tokens} tokens)"
+    return ("" if weight == 1 else f"{weight:g} ") + f"{short(chunks.text)} ({chunks.tokens} tokens)"
+
+
+def short(text: str) -> str:
+    """A text in one line, in quotes, cut where it is long."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= SHORT else text[:SHORT - 3] + "...")

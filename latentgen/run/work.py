@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -71,17 +71,17 @@ class Work:
         self.notes[:] = plan.notes
         began = phase = time.perf_counter()
         self.residency.check()
-        scripts = [self.script(one) for one in plan.passes]
+        scripts = [[self.of(own).script(one) for own in plan.pictures or (plan,)] for one in plan.passes]
         timings["text"], phase = _since(phase)
         sources = [self.source_latents(one) for one in plan.passes]
         timings["encode"], phase = _since(phase)
         sample, done, x = find_sampler(plan.sampler).function, 0, None
         noise = plan.noise.noise(spec.shape(plan.width, plan.height), spec.factor)
-        for one, script, z0 in zip(plan.passes, scripts, sources, strict=True):
+        for one, said, z0 in zip(plan.passes, scripts, sources, strict=True):
             eps = noise.draw().to(device)
             x = self.start(one, z0, eps)
             with self.residency.use("denoiser") as modules:
-                denoise = self.denoiser(one, modules, script, z0, eps)
+                denoise = self.denoisers(one, modules, said, z0, eps)
                 for step in sample(denoise, x, one.levels, noise=lambda: noise.draw().to(device), **plan.options):
                     x = step.x
                     yield replace(step, index=done + step.index, total=plan.steps)
@@ -95,6 +95,10 @@ class Work:
         timings["total"] = time.perf_counter() - began
         recipe = make_recipe(plan, self.checkpoint.digest, tuple(self.notes))
         return Result(tuple(images), plan, tuple(self.notes), timings, recipe, x.cpu())
+
+    def of(self, plan: Plan) -> Work:
+        """The same run, seen from another plan: of one of its pictures."""
+        return replace(self, plan=plan)
 
     def script(self, one: Pass) -> Script:
         """What is said when, as the denoiser hears it: words, and what the family adds of the picture."""
@@ -133,6 +137,12 @@ class Work:
         if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and one.strength < 1)):
             return noised(z0.expand_as(eps), eps, first)
         return start(eps, first)
+
+    def denoisers(self, one: Pass, modules: Modules, scripts: Sequence[Script], z0: Tensor | None, eps: Tensor) -> Denoiser:
+        """One denoiser for all pictures, or where their texts differ, to each picture its own."""
+        plans = self.plan.pictures or (self.plan,)
+        every = [self.of(plan).denoiser(one, modules, said, z0, own) for plan, said, own in zip(plans, scripts, eps.chunk(len(plans)), strict=True)]
+        return every[0] if len(every) == 1 else lambda x, level: torch.cat([own(part, level) for own, part in zip(every, x.split(1), strict=True)])
 
     def denoiser(self, one: Pass, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
         """The network with all that is wrapped around it."""
