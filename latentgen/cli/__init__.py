@@ -78,6 +78,7 @@ app.command(rich_help_panel=MODELS, epilog=samplers.EXAMPLES["samplers"])(sample
 app.add_typer(training.app, name="train", rich_help_panel=MAKING)
 app.command("eval", rich_help_panel=MAKING, epilog=reports.EXAMPLES["eval"])(reports.evaluate)
 app.command(rich_help_panel=MAKING, epilog=reports.EXAMPLES["bench"])(reports.bench)
+app.command(rich_help_panel=MAKING, epilog=reports.EXAMPLES["convergence"])(reports.convergence)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ EXAMPLES = {
     "models": "Examples:  latentgen models   and   latentgen models glyph",
     "eval": "Example:  latentgen eval glyph --data glyph-data --out report --pictures 200",
     "bench": "Example:  latentgen bench --steps 20 --rounds 5 --threads 2",
+    "convergence": "Example:  latentgen convergence -o convergence.png",
 }
 ABOUT_MODEL = "A model's name, a folder, a .safetensors file or a hub name."
 Name = Annotated[str | None, typer.Argument(help=f"{ABOUT_MODEL} Default: list all.", metavar="NAME", show_default=False)]
@@ -67,6 +68,20 @@ def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, 
     from latentgen.bench.run import bench as measure
 
     _numbers(measure(model, width=size, height=size, steps=steps, rounds=rounds, against=against, threads=threads, cold=cold), as_json=as_json)
+
+
+def convergence(out: Annotated[Path, typer.Option("--output", "-o", help="The figure, a .png.", metavar="FILE")] = Path("convergence.png"),
+                as_json: AsJson = False) -> None:
+    """Measure how fast samplers come to the exact answer, on a mixture of Gaussians whose denoiser is a formula, and draw it. Needs matplotlib."""
+    from latentgen.bench.convergence import as_data, figure, measure
+
+    curves = measure()
+    typer.echo(f"written to {figure(curves, out)}", err=True)
+    if as_json:
+        typer.echo(json.dumps(as_data(curves), indent=1))
+        return
+    for curve in curves:
+        typer.echo(f"{curve.name:<14} order {curve.order:.1f}   " + "  ".join(f"{n}: {error:.1e}" for n, error in zip(curve.steps, curve.errors, strict=True)))
 
 
 def _details(name: str) -> dict[str, Any]:
