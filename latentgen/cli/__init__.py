@@ -70,7 +70,7 @@ for function in (pictures.txt2img, pictures.img2img, pictures.inpaint, pictures.
     app.command(rich_help_panel=PICTURES, epilog=pictures.EXAMPLES[function.__name__])(function)
 for function in (series.grid, series.interpolate):
     app.command(rich_help_panel=PICTURES, epilog=series.EXAMPLES[function.__name__])(function)
-for function in (replaying.recipe, replaying.replay, replaying.resume):
+for function in (replaying.recipe, replaying.replay, replaying.variations, replaying.resume):
     app.command(rich_help_panel=PICTURES, epilog=replaying.EXAMPLES[function.__name__])(function)
 app.command(rich_help_panel=MODELS, epilog=reports.EXAMPLES["models"])(reports.models)
 app.command(rich_help_panel=MODELS, epilog=inspecting.EXAMPLES["inspect"])(inspecting.inspect)

@@ -1,4 +1,4 @@
-"""recipe, replay and resume: how a picture was made, making it again, and going on with a run that was stopped. Knows what is printed; the work is in run/."""
+"""recipe, replay, variations and resume: how a picture was made, it or one near to it again, and the rest of a run. Knows what is printed; the work is in run/."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentgen.cli.options import MACHINE, OUTPUT, opened, takes
+from latentgen.cli.options import KEEP, MACHINE, OUTPUT, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
+    from latentgen.run.pipeline import Run
     from latentgen.run.recipe import Foreign, Recipe
 
 EXAMPLES = {
     "recipe": "Example:  latentgen recipe heart.png",
     "replay": "Example:  latentgen replay heart.png",
+    "variations": "Example:  latentgen variations heart.png --count 4 --amount 0.15",
     "resume": "Example:  latentgen resume run.state -o heart.png",
 }
 File = Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP as it was saved.", metavar="PICTURE", show_default=False)]
@@ -30,8 +32,12 @@ Reference = Annotated[list[Path] | None, typer.Option("--reference", help="The p
                                                       rich_help_panel=_PICTURES, metavar="FILE")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Keep the new picture in this file, .png, .jpg or .webp.", metavar="FILE")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print one word.")]
+Count = Annotated[int, typer.Option("--count", "-n", help="How many, 1 to 64.")]
+Amount = Annotated[float, typer.Option("--amount", help="How far from it: above 0, the same, to 1, another picture.")]
+Words = Annotated[str | None, typer.Option("--prompt", help="Other words than the recipe's, or words for a picture without one.", metavar="TEXT")]
 Anyway = Annotated[bool, typer.Option("--anyway", help="Make the nearest picture where another program made this one.")]
 _OWN = {"model": None, "device": None, "dtype": None}  # left out, they are as the recipe says
+_USUAL = {p.name: p.default for p in MACHINE if p.name in _OWN}
 AS_IT_WAS = tuple(p.replace(default=None) if p.name in _OWN else p for p in MACHINE)
 
 
@@ -72,6 +78,30 @@ def replay(file: File, image: Source = None, mask: Mask = None, reference: Refer
         typer.echo("\n".join([*map(_cell, lines[:1] if quiet else lines), *files]))
     if not done.identical:
         raise typer.Exit(1)
+
+
+@takes(AS_IT_WAS, OUTPUT, KEEP)
+def variations(file: File, count: Count = 4, amount: Amount = 0.2, prompt: Words = None, image: Source = None, mask: Mask = None,
+               reference: Reference = None, *, quality: int | None, save_state: Path | None, save_every: int | None, **said: Any) -> None:
+    """Make pictures near to one: by the recipe in its file with other noise, or redrawn where it has none.
+
+    Where they are left out, the model (by its card's name), device and number type are those of the recipe, or the usual ones.
+    """
+    from latentgen.cli.pictures import check_output, make
+    from latentgen.run.variations import found_in, plan_variations
+
+    shown = {name: said.pop(name) for name in ("output", "show", "quiet", "as_json")}
+    quality = check_output(shown["output"], quality, strict=True)
+    sources = {name: given for name, given in (("image", image), ("mask", mask), ("reference", reference or None), ("prompt", prompt)) if given is not None}
+    found = found_in(file)
+    machine = _as_it_was(said, found) if found is not None else said | {name: said[name] or usual for name, usual in _USUAL.items()}
+    loading = machine["model"]
+
+    def begin() -> Run:
+        pipe = opened(machine, progress=False if shown["quiet"] else None)
+        return pipe.stream(plan_variations(pipe, file, count=count, amount=amount, **sources), save_state=save_state, save_every=save_every)
+
+    make(begin, loading=loading, quality=quality, state=save_state, **shown)
 
 
 @takes(AS_IT_WAS, OUTPUT)

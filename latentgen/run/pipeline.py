@@ -126,6 +126,14 @@ class Pipeline:
 
         return plan_film(self, keys, frames=frames, loop=loop, folder=folder, on_step=on_step, **options)
 
+    def variations(self, made: Any, /, *, count: int = 4, amount: float = 0.2, on_step: OnStep | None = None, save_state: str | Path | None = None,
+                   save_every: int | None = None, **options: Any) -> Result:
+        """Pictures near to one that was made: from the recipe in its file, or redrawn where it has none. See `latentgen.run.variations.plan_variations`."""
+        from latentgen.run.variations import plan_variations
+
+        plan = plan_variations(self, made, count=count, amount=amount, **options)
+        return self._finished(self.stream(plan, save_state=save_state, save_every=save_every), on_step)
+
     def replay(self, made: Any, /, *, anyway: bool = False, **pictures: Any) -> Replayed:
         """A picture made again from the recipe in its file: identical, or what differs. See `latentgen.run.replay.replay`."""
         from latentgen.run.replay import replay
