@@ -372,6 +372,14 @@ def test_published_configs(variant, longest):
         family.latent.shape(64, longest + 16)
 
 
+@each_kind
+def test_skip_layer_guidance_is_that_of_diffusers(pipes, stock, kind):
+    slg = {"layers": 0, "scale": 2.0, "start": 0.1, "end": 0.7}
+    result = ours(pipes(kind), guiders={"slg": slg})
+    assert result.plan.guiders["slg"]["layers"] == ["transformer_blocks.0"] and result.plan.evaluations == 2 * STEPS + 2
+    agree(result, theirs(stock(kind=kind), skip_guidance_layers=[0], skip_layer_guidance_scale=2.0, skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.7))
+
+
 @pytest.mark.parametrize(("asked", "named"), [
     ({"reference": "photo"}, "reference"), ({"true_cfg_scale": 2.0}, "true_cfg_scale"), ({"width": 72}, "width is 72"),
     ({"width": 208, "height": 64}, "width is 208: this model has places for 192"), ({"image": "photo"}, "width is 208"),

@@ -8,11 +8,12 @@ import torch
 
 from latentgen.diffusion import SAMPLERS, Level, RectifiedFlow, VariancePreserving, guided, prediction_row, spacing, zero_terminal_snr
 from latentgen.diffusion.guidance.classify import classified
-from latentgen.diffusion.guidance.combine import Estimates, combination, thresholded
+from latentgen.diffusion.guidance.combine import combination, thresholded
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.rules import manifold_scale, optimised_negative, quantile
 from latentgen.diffusion.guidance.table import ELSEWHERE, GUIDERS, filled, guider, spread
 from latentgen.diffusion.guidance.thresholds import dynamic_threshold
+from latentgen.diffusion.guide import Estimates
 from latentgen.diffusion.schedule import scaled_linear
 from latentgen.errors import RequestError
 
@@ -61,8 +62,7 @@ def test_cfg_zero_scales_outputs_as_diffusers_does(path, prediction):
 
 def test_cfg_zero_stands_still_in_the_first_steps_of_the_whole_run():
     combine = combined({"cfg_zero": {"zero_steps": 2}})
-    guide = guided(lambda x, level: POS, lambda x, level: (POS, NEG), scale=5.0, position=lambda level: 0.5,
-                   combine=lambda x, level, x0s: combine(x, level, Estimates(x0s[0], x0s[1:])))
+    guide = guided(lambda x, level: POS, lambda x, level: Estimates(POS, (NEG,)), scale=5.0, position=lambda level: 0.5, combine=combine)
     states = [X] + [step.x for step in SAMPLERS["euler"].function(guide, X, LEVELS, noise=lambda: X)]
     torch.testing.assert_close(states[2], X, rtol=0, atol=1e-6)
     assert (states[3] - states[2]).abs().max() > 0.01
@@ -77,15 +77,14 @@ def test_cfg_plus_plus_is_the_papers_ddim_step(path, strength):
     levels = spacing("trailing", path, 7)
 
     def nets(x):
-        return torch.tanh(x), torch.sin(2 * x)
+        return Estimates(torch.tanh(x), (torch.sin(2 * x),))
 
     combine = combined({"cfg_pp": {"scale": strength}}, levels=levels)
-    guide = guided(lambda x, level: nets(x)[0], lambda x, level: nets(x), scale=5.0, position=lambda level: 0.5,
-                   combine=lambda x, level, x0s: combine(x, level, Estimates(x0s[0], x0s[1:])))
+    guide = guided(lambda x, level: nets(x).positive, lambda x, level: nets(x), scale=5.0, position=lambda level: 0.5, combine=combine)
     ours = [step.x for step in SAMPLERS["ddim"].function(guide, X.double(), levels, noise=lambda: X)]
     x = X.double()
     for made, here, after in zip(ours, levels, levels[1:]):
-        pos, neg = nets(x)
+        pos, neg = nets(x).positive, nets(x).others[0]
         noise = (x - here.alpha * neg) / here.sigma
         x = after.alpha * (neg + strength * (pos - neg)) + after.sigma * noise
         torch.testing.assert_close(made, x, rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentgen.diffusion import SAMPLERS, RectifiedFlow, VariancePreserving, guided, masked, noised, spacing, start, zero_terminal_snr
+from latentgen.diffusion.guide import Estimates
 from latentgen.diffusion.schedule import scaled_linear
 from latentgen.errors import RequestError
 
@@ -30,7 +31,7 @@ class Counted:
 
     def both(self, x, level):
         self.both_calls += 1
-        return torch.tanh(x), torch.sin(3 * x)
+        return Estimates(torch.tanh(x), (torch.sin(3 * x),))
 
     def guided(self, **options):
         return guided(self.positive, self.both, position=position, **options)

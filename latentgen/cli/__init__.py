@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from latentgen.cli import inspecting, pictures, replaying, reports, samplers, series, training
+from latentgen.cli import guiders, inspecting, pictures, replaying, reports, samplers, series, training
 from latentgen.errors import LatentgenError, ModelError, OutputError, RequestError
 
 EXIT_CODES = ((RequestError, 2), (ModelError, 3), (OutputError, 4), (LatentgenError, 1))  # ImageError is a RequestError
@@ -75,6 +75,7 @@ for function in (replaying.recipe, replaying.replay, replaying.variations, repla
 app.command(rich_help_panel=MODELS, epilog=reports.EXAMPLES["models"])(reports.models)
 app.command(rich_help_panel=MODELS, epilog=inspecting.EXAMPLES["inspect"])(inspecting.inspect)
 app.command(rich_help_panel=MODELS, epilog=samplers.EXAMPLES["samplers"])(samplers.samplers)
+app.command(rich_help_panel=MODELS, epilog=guiders.EXAMPLES["guiders"])(guiders.guiders)
 app.add_typer(training.app, name="train", rich_help_panel=MAKING)
 app.command("eval", rich_help_panel=MAKING, epilog=reports.EXAMPLES["eval"])(reports.evaluate)
 app.command(rich_help_panel=MAKING, epilog=reports.EXAMPLES["bench"])(reports.bench)

@@ -131,6 +131,8 @@ SAMPLING: Group = (
     _option(_S, "guidance_rescale", float | None, "--guidance-rescale", f"0 to 1; tames the contrast that strong guidance adds. {MODELS_OWN}"),
     _option(_S, "guidance_interval", tuple[float, float] | None, "--guidance-interval",
             "Guide only in this part of the path, 0 (clean) to 1 (noise). Default: all of it.", metavar="LOW HIGH"),
+    _option(_S, "guiders", list[str] | None, "--guider", "One of those that `latentgen guiders` lists, alone or as apg:eta=0.2,momentum=0; may be said several times.",
+            metavar="NAME[:OPTION=VALUE,...]"),
     _option(_S, "strict", bool, "--strict/--no-strict", "Whether an option that the model cannot honour is an error, or only a note.", default=True),
 )
 

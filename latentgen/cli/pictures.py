@@ -153,7 +153,9 @@ def given(said: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in said.items() if value is not None and value != []}
     given |= {name: _seeds(name, given[name]) for name in ("seed", "variation_seed") if name in given}
     if "sampler_options" in given:
-        given["sampler_options"] = dict(_sampler_option(text) for text in given["sampler_options"])
+        given["sampler_options"] = dict(_valued(text, f"--sampler-option is {text!r}: expected NAME=VALUE, as s_churn=10") for text in given["sampler_options"])
+    if "guiders" in given:
+        given["guiders"] = [_guider(text) for text in given["guiders"]]
     return given
 
 
@@ -165,14 +167,27 @@ def _seeds(name: str, said: list[str]) -> int | list[int]:
     return int(texts[0]) if len(texts) == 1 else [int(text) for text in texts]
 
 
-def _sampler_option(text: str) -> tuple[str, float | int | str]:
+def _guider(text: str) -> dict[str, dict[str, Any]]:
+    """"apg:eta=0.2" as Python has it; several layers are joined by "+"."""
+    name, _, said = text.partition(":")
+    options = dict(_valued(one, f"--guider is {text!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, as apg:eta=0.2") for one in said.split(",") if said)
+    if "layers" in options:
+        options["layers"] = [_number(layer) for layer in str(options["layers"]).split("+")]
+    return {name: options}
+
+
+def _valued(text: str, problem: str) -> tuple[str, float | int | str]:
     name, _, value = text.partition("=")
     if not (name.isidentifier() and value):
-        raise RequestError(f"--sampler-option is {text!r}: expected NAME=VALUE, as s_churn=10")
+        raise RequestError(problem)
+    return name, _number(value)
+
+
+def _number(value: str) -> float | int | str:
     for kind in (int, float):
         with suppress(ValueError):
-            return name, kind(value)
-    return name, value
+            return kind(value)
+    return value
 
 
 def check_output(output: Path | None, quality: int | None, *, strict: bool) -> int:

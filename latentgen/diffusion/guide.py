@@ -7,7 +7,8 @@ affine in the network's output, so guiding x0 is guiding the output, whatever th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,25 +16,42 @@ from latentgen.diffusion.level import Denoiser, Level, noised
 from latentgen.errors import RequestError
 
 
+@dataclass(frozen=True)
+class Estimates:
+    """What is known of x0 at one level, each (B, C, h, w).
+
+    positive: with the prompt.  others: with the negative prompt, and where a picture guides too, with neither; () without classifier-free guidance.
+    empty: with the empty prompt, for Perp-Neg.  weak: guider -> with the prompt, of a weaker network, where that guider acts.
+    """
+
+    positive: Tensor
+    others: tuple[Tensor, ...] = ()
+    empty: Tensor | None = None
+    weak: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Rule = Callable[[Tensor, Level, Estimates], Tensor]  # (x, level, estimates) -> x0
+
+
 def guided(
     positive: Denoiser,
-    both: Callable[[Tensor, Level], tuple[Tensor, ...]],
+    every: Callable[[Tensor, Level], Estimates],
     *,
     scale: float,
     rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
     position: Callable[[Level], float],
-    combine: Callable[[Tensor, Level, tuple[Tensor, ...]], Tensor] | None = None,
+    combine: Rule | None = None,
 ) -> Denoiser:
     """Classifier-free guidance: x0 = x0_neg + scale * (x0_pos - x0_neg) (Ho & Salimans 2022, eq. 6, as weight w = scale - 1).
 
     positive: (x, level) -> x0 with the prompt; all that is called at scale 1 and outside the interval.
-    both: (x, level) -> (x0 with the prompt, x0 with the negative prompt), each (B, C, h, w); more of them where `combine` takes more.
+    every: (x, level) -> all that the rule takes: with the prompt and with the negative prompt, and more where `combine` takes more.
     scale: 1 is off.
     rescale: in [0, 1], see `rescaled`; 0 is off.
     interval: (low, high) in s, 0 clean to 1 noise, ends included: where to guide (Kynkäänniemi et al. 2024).
     position: level -> s, for instance `lambda level: path.find(level.half_log_snr)`.
-    combine: (x, level, what `both` gave) -> x0 where another rule than the one above holds, for instance `image_guidance`.
+    combine: where another rule than the one above holds, for instance `image_guidance`, or those of `latentgen.diffusion.guidance.combine`.
 
     Raises RequestError for a scale that is not finite, a rescale outside [0, 1] or an interval not within [0, 1].
     """
@@ -50,9 +68,9 @@ def guided(
     def denoise(x: Tensor, level: Level) -> Tensor:
         if not low <= position(level) <= high:
             return positive(x, level)
-        x0s = both(x, level)
-        x0 = x0s[1] + scale * (x0s[0] - x0s[1]) if combine is None else combine(x, level, x0s)
-        return rescaled(x0, x0s[0], rescale) if rescale > 0 else x0
+        said = every(x, level)
+        x0 = said.others[0] + scale * (said.positive - said.others[0]) if combine is None else combine(x, level, said)
+        return rescaled(x0, said.positive, rescale) if rescale > 0 else x0
 
     return denoise
 

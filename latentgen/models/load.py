@@ -183,7 +183,7 @@ def _leave(module: nn.Module, names: Collection[str], source: Source, tensors: d
 
     def ready(name: str, tensor: Tensor) -> Tensor:
         made = as_kept(tensor, dtype, keep=False, images=False)
-        _check_finite({name: made}, source.label)
+        _check_finite({name: made}, source.label, dtype)
         return made
 
     for child in names:

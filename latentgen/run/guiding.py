@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from latentgen.diffusion.guidance.table import GUIDERS, filled
+from latentgen.errors import RequestError
 
 if TYPE_CHECKING:
+    from latentgen.diffusion.guidance.progress import Progress
+    from latentgen.diffusion.level import Level
     from latentgen.models.family import Family
     from latentgen.run.request import Request
 
@@ -13,30 +19,104 @@ OPTIONS = ("original_size", "crop_top_left", "target_size", "negative_original_s
            "negative_aesthetic_score")
 
 
-def guidance_of(request: Request, family: Family, refuse: Callable[[str], None]) -> tuple[float, float]:
-    """The guidance scale as the model takes it, and the weight of classifier-free guidance, with contradictions found."""
-    scale = family.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    said = request.guidance_scale is not None
-    if family.guidance in ("cfg", "image"):
-        cfg, off = scale, "guidance_scale is 1, which turns guidance off: raise guidance_scale"
-        if request.true_cfg_scale is not None:
-            refuse(f"true_cfg_scale is given but {family.name} has no guidance built in: use guidance_scale")
-    else:
-        cfg, off = request.true_cfg_scale or 1.0, f"{family.name} here is distilled, and without true_cfg_scale runs no classifier-free guidance: pass true_cfg_scale above 1"
-        if family.guidance == "none" and scale != 1:
-            if said:
-                refuse(f"guidance_scale is {scale:g} but {family.name} here has no guidance to scale: leave it out")
-            scale = 1.0
-    off_too = cfg == 1 and family.guidance != "image"  # where a picture guides, the negative words count at 1, too
-    if off_too and any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)):
+@dataclass(frozen=True)
+class Guiding:
+    """How a run is guided.
+
+    Attributes:
+        scale: guidance_scale as the model takes it; cfg: the weight of classifier-free guidance, 1 where it is off or cfg_pp has its own.
+        pair: there are evaluations without the prompt; guiders: name -> its options, all of them, in the order in which they act.
+    """
+
+    scale: float
+    cfg: float
+    pair: bool
+    guiders: dict[str, dict[str, Any]]
+
+    @property
+    def any(self) -> bool:
+        """Whether anything but the prompt's own estimate counts, so that an interval has a meaning."""
+        return self.pair or any(GUIDERS[name].acts != "threshold" for name in self.guiders)
+
+
+def guidance_of(request: Request, family: Family, refuse: Callable[[str], None], layers: Callable[[str, Any], list[str]] | None = None) -> Guiding:
+    """The guidance scale as the model takes it, the weight of classifier-free guidance, and guiders, with contradictions found.
+
+    layers: (guider, layers as they were asked for) -> their names in the denoiser.
+    """
+    scale, cfg, off = _scales(request, family, refuse)
+    pictured = family.guidance == "image" and bool(request.references)  # then the negative words count at 1, too
+    guiders = filled(request.guiders)
+    if "cfg_pp" in guiders:
+        own = "guidance_scale" if family.guidance in ("cfg", "image") else "true_cfg_scale"
+        if getattr(request, own) not in (None, 1):
+            refuse(f"{own} is given but the guider cfg_pp has a scale of its own, from 0 to 1: leave {own} out, or cfg_pp")
+        cfg, scale = 1.0, 1.0 if own == "guidance_scale" else scale
+    pair = cfg != 1 or pictured or ("cfg_pp" in guiders and family.combine is None)
+    guiders = _guiders(request, family, guiders, pair=pair, pictured=pictured, off=off, refuse=refuse)
+    for name, options in list(guiders.items()):
+        if layers is not None and "layers" in options:
+            try:
+                options["layers"] = layers(name, options["layers"])
+            except RequestError as error:  # not a network that it could weaken so
+                refuse(str(error))
+                del guiders[name]
+    made = Guiding(scale, cfg, pair, guiders)
+    if not made.pair and family.guidance != "image" and any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)):
         refuse(f"negative_prompt is given but {off}, or leave the negative prompt out")
-    if off_too and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
+    if not made.any and family.guidance != "image" and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
         refuse(f"guidance_rescale or guidance_interval is given but {off}, or leave them out")
     if request.image_guidance_scale is not None and family.guidance != "image":
         refuse(f"image_guidance_scale is given but {family.name} here weighs no picture against the words: leave it out")
     for name in OPTIONS:
         if getattr(request, name) is not None and name not in family.options:
             refuse(f"{name} is given but {family.name} here is not told it: leave it out")
-        elif getattr(request, name) is not None and name.startswith("negative_") and off_too:
+        elif getattr(request, name) is not None and name.startswith("negative_") and not made.pair and family.guidance != "image":
             refuse(f"{name} is given but {off}, or leave it out")
-    return scale, cfg
+    return made
+
+
+def _scales(request: Request, family: Family, refuse: Callable[[str], None]) -> tuple[float, float, str]:
+    """The guidance scale as the model takes it, the weight of classifier-free guidance, and why that is off, where it is."""
+    scale = family.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if family.guidance in ("cfg", "image"):
+        if request.true_cfg_scale is not None:
+            refuse(f"true_cfg_scale is given but {family.name} has no guidance built in: use guidance_scale")
+        return scale, scale, "guidance_scale is 1, which turns guidance off: raise guidance_scale"
+    if family.guidance == "none" and scale != 1:
+        if request.guidance_scale is not None:
+            refuse(f"guidance_scale is {scale:g} but {family.name} here has no guidance to scale: leave it out")
+        scale = 1.0
+    return scale, request.true_cfg_scale or 1.0, (
+        f"{family.name} here is distilled, and without true_cfg_scale runs no classifier-free guidance: pass true_cfg_scale above 1")
+
+
+def _guiders(request: Request, family: Family, guiders: dict[str, dict[str, Any]], *, pair: bool, pictured: bool, off: str,
+             refuse: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Those that act in this run; the others are refused."""
+    said = request.guiders or {}
+    if "cfg_zero" in guiders and family.prediction != "flow":  # an output of 0 stands still on a flow alone
+        if said["cfg_zero"].get("zero_steps"):
+            refuse(f"cfg_zero's zero_steps is given but {family.name} does not run on a rectified flow, where alone the first steps can stand still: leave it out")
+        guiders["cfg_zero"]["zero_steps"] = 0
+    own = "weighs words and picture against each other" if pictured else "combines its two estimates by a rule of its own" if family.combine is not None else ""
+    silent = not any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3))
+    problems = {
+        name: f"{name} is given but {family.name} here {own}: leave {name} out" if own else
+              f"{name} is given but {off}, or leave {name} out" if not pair else
+              "perp_neg is given but there is no negative prompt for it to weigh: give one, or leave perp_neg out" if name == "perp_neg" and silent else ""
+        for name in guiders if GUIDERS[name].needs_cfg}
+    for problem in filter(None, problems.values()):
+        refuse(problem)
+    return {name: options for name, options in guiders.items() if not problems.get(name)}
+
+
+def idle(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, inside: Callable[[Level], bool]) -> list[str]:
+    """A note on each guider that acts in none of the steps.
+
+    inside: whether a level lies in the guidance interval.
+    """
+    asked = {name: (options["start"], options["end"]) for name, options in guiders.items() if "start" in options}
+    return [f"{name} acts in none of the {len(progress.levels) - 1} steps: its start {start:g} and end {end:g} leave no step between them"
+            for name, (start, end) in asked.items()
+            if not any(inside(level) and progress.within(level, start, end) for level in progress.levels[:-1])]

@@ -17,6 +17,7 @@ from latentgen.conditioning.explain import Explanation
 from latentgen.diffusion.sample import Step
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
+from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.meaning import explained, planned
 from latentgen.run.memo import Memo
@@ -76,7 +77,14 @@ class Pipeline:
         self.progress = progress
         self._memo = Memo()
         weights = {stage: checkpoint.weight_bytes(stage) for stage in ("text", "denoiser", "decoder")}
-        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes)
+        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes, self._layers)
+
+    def _layers(self, guider: str, said: Any) -> list[str]:
+        """See `latentgen.models.weaken.chosen`; of the denoiser as its config describes it, without its weights."""
+        from latentgen.models.weaken import chosen
+
+        part = next(part for part in self.family.parts if part.stages == ("denoiser",))
+        return chosen(empty_module(self.checkpoint.sources[part.name], part, shapes_only=True), guider=guider, said=said)
 
     def __repr__(self) -> str:
         m = self._machine

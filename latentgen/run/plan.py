@@ -5,19 +5,21 @@ All errors about input are raised here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from latentgen.diffusion.guidance.progress import Progress
+from latentgen.diffusion.guidance.table import weaker
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.errors import RequestError
 from latentgen.models.approximate.table import APPROXIMATIONS, said
 from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of
-from latentgen.run.guiding import guidance_of
+from latentgen.run.guiding import guidance_of, idle
 from latentgen.run.levels import levels_of
 from latentgen.run.passes import Pass
 from latentgen.run.seeding import Seeds, seeds_of
@@ -39,7 +41,9 @@ class Plan:
         request: what was said, with styles laid over its texts and wildcards drawn.
         passes: size, levels and source picture of each way through the levels; most times one. What has only one of them is that of the first
             (`width`, `height`, `levels`, `asked_steps`, `first_step`, `strength`, `source`), the finished picture's that of the last (`crop`, `tile`).
+        guiders: name -> options of those that act beside the plain rule, in the order in which they do.
         prompt, negative: what is said when, as token chunks, as many of one as of the other where both are used.
+        empty: the empty prompt, likewise, where a guider asks for it.
         weighting: the rule by which weights in them are read.
         cfg_scale: weight of the evaluations against each other: guidance_scale, or true_cfg_scale where the model has guidance built in; 1 is off.
         batching: how a guided evaluation runs: "pair", "triple" or, where AND joins prompts, "several" (in one call), or "off" (no guidance).
@@ -66,8 +70,10 @@ class Plan:
     image_guidance_scale: float
     guidance_rescale: float
     guidance_interval: tuple[float, float]
+    guiders: Mapping[str, Mapping[str, Any]]
     prompt: PlannedText
     negative: PlannedText
+    empty: PlannedText | None
     weighting: str
     batching: str
     rows: int
@@ -109,7 +115,8 @@ class Plan:
     def __str__(self) -> str:
         size = f"{self.width}x{self.height}" + (f", cropped to {self.crop[0]}x{self.crop[1]}" if self.crop != (self.width, self.height) else "")
         first, last = self.levels[0], self.levels[-2]
-        guidance = f"{self.guidance_scale:g} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
+        scale = "of cfg_pp" if "cfg_pp" in self.guiders else f"{self.guidance_scale:g}"
+        guidance = f"{scale} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
         rows = {
             "model": self.model, "task": self.task, "size": size, "seeds": str(self.noise),
             "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v}" for k, v in self.options.items()),
@@ -118,6 +125,8 @@ class Plan:
             "compute": f"{self.dtype} on {self.device}, {self.residency}, {self.evaluations} network evaluations a picture",
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
+        if self.guiders:
+            rows["guiders"] = "; ".join(" ".join([name, *(f"{key} {value}" for key, value in options.items())]) for name, options in self.guiders.items())
         if self.approximate:
             rows["approx"] = said(self.approximate)
         if self.pictures:
@@ -132,7 +141,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the pipeline was loaded with, as far as planning needs it; `notes` are what its files did not tell."""
+    """What the pipeline was loaded with, as far as planning needs it; `notes` are what its files did not tell.
+
+    layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError; see `latentgen.models.weaken.chosen`.
+    """
 
     model: str
     device: str
@@ -140,6 +152,7 @@ class Machine:
     residency: str
     weights: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
 
 
 def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
@@ -160,30 +173,36 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     native = defaults.width * defaults.height
     if not native / 5 < width * height < native * 5:
         notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
-    scale, cfg = guidance_of(request, family, refuse)
-    guided = cfg != 1 or (family.guidance == "image" and bool(references))
+    guiding = guidance_of(request, family, refuse, machine.layers)
+    guided, guiders = guiding.pair, guiding.guiders
     full, levels, strength, options = levels_of(request, family, (width, height), refuse, notes)
-    prompt, negative = plan_texts(request, family, tokenizers, steps=len(full) - 1, guided=guided, refuse=refuse, notes=notes)
+    prompt, negative, empty = plan_texts(request, family, tokenizers, steps=len(full) - 1, guided=guided, refuse=refuse, notes=notes,
+                                         empty="perp_neg" in guiders)
     if source is not None and source.mask is not None and not source.mask.any():
         notes.append("the mask is all black: the picture comes back as it was")
-    low, high = (request.guidance_interval if guided else None) or (0.0, 1.0)
+    low, high = (request.guidance_interval if guiding.any else None) or (0.0, 1.0)
     rescale = defaults.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
     sides = SIDES["image"] if family.guidance == "image" and references else SIDES["cfg"]
     several = prompt.composed > 1  # which is composed outside the interval, too
-    sides += prompt.composed - 1
+    sides += prompt.composed - 1 + (empty is not None)
 
-    def evaluations(levels: tuple[Level, ...]) -> int:
+    def evaluations(levels: tuple[Level, ...], first: int, total: int) -> int:
         asked = levels_asked(request.sampler or defaults.sampler, levels, options)
-        return sum(sides if several or (guided and low <= family.path.find(level.half_log_snr) <= high) else 1 for level in asked)
+        progress = Progress(levels, first=first, total=total)
+        inside = [low <= family.path.find(level.half_log_snr) <= high for level in asked]
+        return sum((sides if several or (guided and here) else 1) + here * prompt.composed * weaker(guiders, progress, level)
+                   for level, here in zip(asked, inside, strict=True))
 
-    first = Pass(width, height, crop, request.steps or defaults.steps, full.index(levels[0]) + 1, levels, strength, evaluations(levels), source)
+    total, skipped = request.steps or defaults.steps, full.index(levels[0])
+    notes += idle(guiders, Progress(levels, first=skipped, total=total), lambda level: low <= family.path.find(level.half_log_snr) <= high)
+    first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total), source)
     approximate = approximations_of(request, family, refuse)
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
         request=request, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
-        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=scale, cfg_scale=cfg, image_guidance_scale=image_scale,
-        guidance_rescale=rescale if guided else 0.0, guidance_interval=(low, high), prompt=prompt, negative=negative,
+        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg, image_guidance_scale=image_scale,
+        guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
         notes=tuple(notes), approximate=approximate, references=references)

@@ -106,6 +106,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
         "steps": plan.asked_steps, "sampler": plan.sampler, "spacing": plan.spacing, "guidance_scale": plan.guidance_scale,
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), **_seeds(plan),
         **{name: value for name, value in plan.options.items() if name in Request.model_fields}}
+    recipe |= {"guiders": {name: dict(options) for name, options in plan.guiders.items()}} if plan.guiders else {}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
     recipe |= {"approximate": {name: dict(options) for name, options in plan.approximate.items()}} if plan.approximate else {}
     recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in

@@ -26,6 +26,7 @@ EXPECTED = {
     "true_cfg_scale": "a number from 1 (off) to 100", "image_guidance_scale": "a number from 0 to 100", "clip_skip": "a whole number from 1 (off) to 12",
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
+    "guiders": "a guider's name, several in a list, or names with options, as {'apg': {'eta': 0.2}}",
     "sampler_options": "names with numbers or words, as {'s_churn': 10}",
     "approximate": "names of approximations, alone or with options, as 'deep_cache' or {'first_block': {'threshold': 0.1}}",
     "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
@@ -53,6 +54,8 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
+    "guider": "guiders", "pag_scale": "guiders", "pag_applied_layers": "guiders", "skip_guidance_layers": "guiders",
+    "skip_layer_guidance_scale": "guiders", "apg_momentum": "guiders", "apg_eta": "guiders", "use_cfg_zero_star": "guiders", "thresholding": "guiders",
     "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend", "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
     "cache": "approximate", "cache_config": "approximate", "first_block_cache": "approximate", "teacache": "approximate", "taylorseer": "approximate",
     "deepcache": "approximate", "tome": "approximate", "tome_ratio": "approximate", "token_merging_ratio": "approximate",
@@ -71,6 +74,7 @@ class Request(BaseModel):
         steps: how many levels the denoiser visits.
         guidance_scale: classifier-free guidance; 1 is off (Ho and Salimans 2022).
         guidance_rescale: 0 to 1 (Lin et al. 2023). guidance_interval: part of the path, 0 clean to 1 noise (Kynkaanniemi et al. 2024).
+        guiders: what acts beside the plain rule of guidance (`latentgen guiders` lists them): "apg", ["apg", "slg"] or {"apg": {"eta": 0.2}}.
         sampler_options: what the sampler takes beside (`latentgen samplers NAME` lists it), as {"s_churn": 10}.
         eta: noise of the DDIM sampler and the ancestral ones, 0 to 1. shift: shift of the levels (1 is none).
         seed: picture i of a batch uses seed + i, or a list says each; None draws one and reports it.
@@ -116,6 +120,7 @@ class Request(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     guidance_interval: tuple[float, float] | None = None
+    guiders: dict[str, dict[str, Any]] | None = None
     sampler: str | None = Field(None, min_length=1)
     spacing: str | None = Field(None, min_length=1)
     sampler_options: dict[str, float | int | str] | None = None
@@ -215,6 +220,11 @@ class Request(BaseModel):
         if not (math.isfinite(low) and math.isfinite(high) and 0 <= low < high <= 1):
             raise ValueError("out of range")
         return (float(low), float(high))
+
+    @field_validator("guiders", mode="before")
+    @classmethod
+    def _guiders(cls, value: Any) -> Any:
+        return None if value is None else spread(value)
 
     @field_validator(*PAIRS, mode="before")
     @classmethod

@@ -88,13 +88,14 @@ def resolved(request: Request) -> Rule:
 
 
 def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens], *, steps: int, guided: bool, refuse: Callable[[str], None],
-               notes: list[str]) -> tuple[PlannedText, PlannedText]:
-    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used.
+               notes: list[str], empty: bool = False) -> tuple[PlannedText, PlannedText, PlannedText | None]:
+    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used, and the empty one where it is asked for.
 
     Args:
         steps: of the whole run, of which an edit runs the last ones.
         guided: there is a second evaluation, with the negative prompt.
         refuse: is given what cannot be honoured.
+        empty: there is a third evaluation, with nothing said.
 
     Raises:
         RequestError: a text that is too long, or texts that do not fit to each other.
@@ -118,9 +119,11 @@ def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens
     towards = read("blend_prompt", request.blend_prompt or "") if share else None
     if share == 1:  # the other end, exactly as if it were said alone
         prompt, towards = towards, None
-    used = [prompt, *([negative] if guided else []), *([towards] if towards else [])]
+    nothing = parse("", request.dialect)  # type: ignore[arg-type]
+    silence = PlannedText("", nothing, laid_spans(nothing, tokenizers, steps=steps, name="the empty prompt", strict=request.strict, notes=[])) if empty else None
+    used = [prompt, *([negative] if guided else []), *([silence] if silence else []), *([towards] if towards else [])]
     used = [replace(text, spans=spans) for text, spans in zip(used, level_spans([text.spans for text in used], tokenizers), strict=True)]
-    prompt, negative = used[0], used[1] if guided else negative
+    prompt, negative, silence = used[0], used[1] if guided else negative, used[2] if silence else None
     if towards is not None:
         _check_blend(prompt, used[-1])
         prompt = replace(prompt, towards=used[-1], share=share)
@@ -128,7 +131,7 @@ def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens
         notes.append("the prompt is empty: the picture is unconditional")
     if len(prompt.ids) > 1:
         notes.append(f"the prompt has {prompt.tokens} tokens and is read in {len(prompt.ids)} chunks of {len(prompt.ids[0]) - 2}")
-    return prompt, negative
+    return prompt, negative, silence
 
 
 def _share(request: Request, refuse: Callable[[str], None]) -> float:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Said:
 
     Attributes:
         prompts: those that AND joins, most times one, each of batch 1; `weights` of them.
-        others: then the negative prompt, and where a picture guides too, neither words nor picture.
+        others: then the negative prompt, and where a picture guides too, neither words nor picture, or the empty prompt where a guider asks for it.
     """
 
     prompts: tuple[Conditioning, ...]
@@ -90,15 +90,16 @@ class Speaker:
         """
         plan, run = self.plan, self.plan.passes[0]
         guides = "triple" if self.family.guidance == "image" and plan.references else "pair"
-        sides = SIDES["off" if plan.batching == "off" else guides]
-        said = {side: plan.prompt if side == "positive" else plan.negative for side in sides}
+        sides: tuple[Side | Literal["empty"], ...] = SIDES["off" if plan.batching == "off" else guides] + (("empty",) if plan.empty is not None else ())
+        texts = {"positive": plan.prompt, "empty": plan.empty or plan.negative}
+        said = {side: texts.get(side, plan.negative) for side in sides}
         spans = [tuple(text.at(run.first_step + n) for text in said.values()) for n in range(run.steps)]
         towards = [plan.prompt.towards.at(run.first_step + n) if plan.prompt.towards else None for n in range(run.steps)]
         heard = {(side, id(one)): one for row in spans for side, span in zip(sides, row, strict=True) for one in span.conjuncts}
         heard |= {("positive", id(one)): one for span in towards if span for one in span.conjuncts}
         worded = {key: self.encoded(one.chunks, key[0]) for key, one in heard.items()}
         for side in sides:
-            extra = {name: tensor.to(self.residency.device) for name, tensor in inputs(side).items()}
+            extra = {name: tensor.to(self.residency.device) for name, tensor in inputs("negative" if side == "empty" else side).items()}
             worded |= {key: replace(c, extra={**c.extra, **extra}) for key, c in worded.items() if key[0] == side and extra}
         made: dict[tuple[int, ...], Said] = {}
         steps = []
@@ -114,12 +115,15 @@ class Speaker:
             steps.append(made[key])
         return Script(tuple(level.half_log_snr for level in run.levels[:-1]), tuple(steps))
 
-    def encoded(self, chunks: Mapping[str, PromptChunks], side: Side) -> Conditioning:
-        """One text through the encoders with its weights, or from the memo; a weight that no states went through is noted."""
+    def encoded(self, chunks: Mapping[str, PromptChunks], side: Side | Literal["empty"]) -> Conditioning:
+        """One text through the encoders with its weights, or from the memo; a weight that no states went through is noted.
+
+        The side "empty" is a negative one beside the negative prompt, on which nothing was said.
+        """
         said: Side = "positive" if side == "positive" else "negative"
         weights, rule = weights_of(chunks), self.plan.weighting
         request = self.plan.request
-        empty = said == "negative" and not any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3))
+        empty = said == "negative" and (side == "empty" or not any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)))
 
         def make() -> tuple[Conditioning, tuple[str, ...]]:
             if not weights:

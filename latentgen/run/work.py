@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentgen.diffusion.guidance.combine import thresholded
+from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guide import masked
 from latentgen.diffusion.level import Denoiser, noised, start
 from latentgen.diffusion.sample import Step
@@ -24,6 +26,7 @@ from latentgen.errors import NotFiniteError
 from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Family, Modules, Scene
+from latentgen.models.weaken import weakened
 from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.mask import paste_back
@@ -146,10 +149,16 @@ class Work:
 
     def denoiser(self, one: Pass, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
         """The network with all that is wrapped around it."""
-        asked = Asked()
-        modules = exact(self.family, modules, asked, plan=self.plan, one=one, script=script, device=self.residency.device)
-        modules = approximate(modules, asked, plan=self.plan, shape=(eps.shape[2], eps.shape[3]), notes=self.savings)
-        denoise = worded(self.family, self.network(modules, asked), self.plan, script)
+        asked, plan, weaker = Asked(), self.plan, {}
+        quick = partial(exact, self.family, plan=plan, one=one, script=script, device=self.residency.device)
+        for name in (name for name, options in plan.guiders.items() if "layers" in options):
+            weak = Asked()
+            weaker[name] = self.network(quick(weakened(modules, guider=name, layers=plan.guiders[name]["layers"]), weak), weak)
+        modules = quick(modules, asked)
+        modules = approximate(modules, asked, plan=plan, shape=(eps.shape[2], eps.shape[3]), notes=self.savings)
+        progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
+        denoise = worded(self.family, self.network(modules, asked), plan, script, progress=progress, weaker=weaker)
+        denoise = thresholded(denoise, plan.guiders)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise

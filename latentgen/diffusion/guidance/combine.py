@@ -12,8 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,27 +20,13 @@ from torch import Tensor
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.rules import Momentum, Row, manifold_scale, mimicked, optimised_negative, perpendicular, projected, shortened
 from latentgen.diffusion.guidance.thresholds import dynamic_threshold, static_threshold
+from latentgen.diffusion.guide import Estimates, Rule
 from latentgen.diffusion.level import Denoiser, Level
 
 Guiders = Mapping[str, Mapping[str, Any]]  # as `table.filled` gives them
-Plain = Callable[[Tensor, Level, "Estimates"], Tensor]
 
 
-@dataclass(frozen=True)
-class Estimates:
-    """What is known of x0 at one level, each (B, C, h, w).
-
-    positive: with the prompt.  others: with the negative prompt, and where a picture guides too, with neither; () without classifier-free guidance.
-    empty: with the empty prompt, for perp_neg.  weak: guider -> with the prompt, of the weaker network, where that guider acts.
-    """
-
-    positive: Tensor
-    others: tuple[Tensor, ...] = ()
-    empty: Tensor | None = None
-    weak: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def combination(guiders: Guiders, *, scale: float, progress: Progress, row: Row, plain: Plain | None = None) -> Plain:
+def combination(guiders: Guiders, *, scale: float, progress: Progress, row: Row, plain: Rule | None = None) -> Rule:
     """(x, level, estimates) -> x0 by the guiders of kind 1 to 5. Make a new one for each run: apg remembers.
 
     scale: guidance_scale; 1 with estimates of the prompt alone.

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from latentgen.diffusion.guidance.progress import Progress
+from latentgen.diffusion.level import Level
 from latentgen.diffusion.option import Option
 from latentgen.errors import RequestError
 
@@ -117,6 +119,11 @@ def filled(said: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, 
         if len(several) > 1:
             raise RequestError(f"{' and '.join(several)} are given but both say {WHAT[kind]}: leave one of them out.")
     return made
+
+
+def weaker(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, level: Level) -> int:
+    """How many of these guiders leave a weaker network behind at a level."""
+    return sum(progress.within(level, options["start"], options["end"]) for name, options in guiders.items() if GUIDERS[name].acts == "weak")
 
 
 WHAT = {"away": "what is guided away from", "threshold": "how x0 is kept within bounds"}
