@@ -354,6 +354,41 @@ def test_the_callers_own_objects_stay_as_they_are(pipe):
     assert (image.tobytes(), image.mode) == before and (mask == 1).all()
 
 
+# What diffusers 0.42.1 takes without a word (the issue's list): each is refused here, or done
+
+
+@each("options, words", [
+    ({"steps": -1}, "steps is -1: expected a whole number from 1"), ({"height": 0}, "height is 0"), ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+    ({"width": 67, "height": 45}, "width is 67: expected a multiple of 8"), ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+    ({"num_inference_steps": 3}, "did you mean 'steps'"), ({"negative_prompt": "dog", "guidance_scale": 1.0}, "negative_prompt is given but guidance_scale is 1"),
+    ({"image": np.arange(64 * 64 * 3).reshape(64, 64, 3) % 400}, "int64 values: expected uint8"), ({"sampler": "EDMEulerScheduler"}, "did you mean 'euler'"),
+    ({"sampler": "LCMScheduler"}, "did you mean 'lcm'"), ({"generator": torch.Generator(), "batch": 4}, "did you mean 'seed'"),
+    ({"latents": torch.zeros(1, 4, 7, 8), "denoising_start": 0.5, "width": 64, "height": 64}, "latents have shape (1, 4, 7, 8): expected (batch, 4, 8, 8)"),
+    ({"latents": torch.zeros(1, 16, 8, 8), "denoising_start": 0.5}, "latents have shape (1, 16, 8, 8): expected (batch, 4"),
+    ({"latents": torch.zeros(2, 4, 8, 8), "denoising_start": 0.5}, "latents hold 2 pictures, batch is 1"), ({"latents": torch.zeros(1, 4, 8, 8)}, "belong together"),
+    ({"latents": torch.full((1, 4, 8, 8), math.nan), "denoising_start": 0.5}, "of finite numbers"),
+    ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64), "denoising_start": 0.5}, "latents is"), ({"latents": np.zeros((1, 4, 8, 8))}, "latents is")],
+    ids=lambda v: None if isinstance(v, str) else "+".join(v))
+def test_what_others_take_without_a_word(untouched, options, words):
+    refused(lambda: untouched.stream("a cat", **{"seed": 0} | options), words)
+    assert untouched.residency.resident_bytes() == 0
+
+
+def test_four_channels_are_a_picture_with_transparency_and_no_latent(pipe):
+    """Channels first or last: what is clear is white, as a viewer shows it."""
+    clear = np.asarray(transparent())
+    expected = pipe.img2img("a cat", transparent(), **ONE).image.tobytes()
+    assert pipe.img2img("a cat", clear, **ONE).image.tobytes() == expected
+    assert pipe.img2img("a cat", torch.from_numpy(clear.copy()).permute(2, 0, 1)[None], **ONE).image.tobytes() == expected
+
+
+def test_consistency_samplers_work_on_what_the_model_predicts(pipe):
+    """LCM asks for x0, which every prediction gives: on a model that was not made for it that is a weak picture, never another model's arithmetic."""
+    run = pipe.stream("a cat", sampler="lcm", steps=2, seed=0, guidance_scale=1.0)
+    steps = list(run)
+    assert torch.equal(steps[-1].x, steps[-1].x0) and bool(torch.isfinite(steps[-1].x).all())
+
+
 # And then
 
 

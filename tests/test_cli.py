@@ -163,7 +163,7 @@ def test_every_field_of_a_request_can_be_said() -> None:
     assert set(Request.model_fields) - IN_PYTHON <= set().union(*(names[n] for n in PICTURES[:-1]))
 
 
-@pytest.mark.parametrize("command", [(), *((c,) for c in (*PICTURES, "grid", "interpolate", "explain", "models", "eval", "bench", "convergence")), *(("train", c) for c in STAGES)], ids=" ".join)
+@pytest.mark.parametrize("command", [(), *((c,) for c in (*PICTURES, "grid", "interpolate", "recipe", "replay", "variations", "resume", "explain", "models", "eval", "bench", "convergence")), *(("train", c) for c in STAGES)], ids=" ".join)
 def test_help_has_an_example(command: tuple[str, ...]) -> None:
     done = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert done.exit_code == 0 and " ".join(("latentgen", *command)) in done.stdout.rpartition("Example" if command else "Start with")[2]

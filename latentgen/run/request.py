@@ -29,7 +29,7 @@ EXPECTED = {
     "guiders": "a guider's name, several in a list, or names with options, as {'apg': {'eta': 0.2}}",
     "sampler_options": "names with numbers or words, as {'s_churn': 10}",
     "approximate": "names of approximations, alone or with options, as 'deep_cache' or {'first_block': {'threshold': 0.1}}",
-    "latents": "a tensor (batch, channels, height, width), such as another result's .latents",
+    "latents": "a tensor (batch, channels, height, width) of finite numbers, such as another result's .latents",
     "dialect": "'a1111', 'comfy' or 'plain' (nothing is syntax)", "weighting": "'a1111', 'a1111_no_norm' or 'comfy'",
     "blend": "a number from 0 (prompt) to 1 (blend_prompt)",
     "styles": "names of styles, as ['cinematic']", "styles_file": "a TOML file with a table for each style",
@@ -245,6 +245,8 @@ class Request(BaseModel):
     def _latents(cls, value: Any) -> Any:
         if value is not None and (getattr(value, "ndim", 0) != 4 or not hasattr(value, "is_floating_point")):
             raise ValueError("not a tensor of four axes")
+        if value is not None and not (value.is_floating_point() and bool(value.isfinite().all())):
+            raise ValueError("not finite numbers")
         return value
 
     @property
