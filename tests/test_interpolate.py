@@ -46,6 +46,13 @@ def test_one_seed_is_drawn_for_all(pipe: Any) -> None:
     assert len({request.seed for request in film.requests}) == 1 and all(request.variation_seed is None for request in film.requests)
 
 
+def test_what_a_keyframe_draws_it_draws_for_its_own_seed(pipe: Any) -> None:
+    film = pipe.interpolate(["a {cat|dog|tree|car}", "a {cat|dog|tree|car}"], frames=4, seed=[1, 4], **SAID)
+    first, *middle, last = film.requests
+    drawn = [pipe.plan("a {cat|dog|tree|car}", seed=seed).prompt.text for seed in (1, 4)]
+    assert [first.prompt, last.prompt] == drawn and len(set(drawn)) == 2 and {(r.prompt, r.blend_prompt) for r in middle} == {tuple(drawn)}
+
+
 def test_numbers_go_along_the_line() -> None:
     made = between(Request(prompt="a", guidance_scale=2.0, shift=1.0, seed=1), Request(prompt="a", guidance_scale=6.0, shift=3.0, seed=1), 0.25)
     assert (made.guidance_scale, made.shift, made.blend_prompt, made.variation_seed) == (3.0, 1.5, None, None)

@@ -129,7 +129,7 @@ def plan_film(pipe: Pipeline, keys: Sequence[Request | str], *, frames: int = 24
         raise RequestError("interpolate needs two or more keyframes: pass a list of prompts or requests")
     if type(frames) is not int or not max(2, len(keys)) <= frames <= MAX_FRAMES:
         raise RequestError(f"frames is {frames!r}: expected a whole number from {max(2, len(keys))} (the keyframes) to {MAX_FRAMES}")
-    whole = _keyframes(keys, options)
+    whole = [_finished(pipe, key, n) for n, key in enumerate(_keyframes(keys, options), 1)]
     requests = tuple(_frame(whole, place) for place in places(len(whole), frames, loop=loop))
     recipes, steps = [], []
     for n, request in enumerate(requests, 1):
@@ -137,8 +137,6 @@ def plan_film(pipe: Pipeline, keys: Sequence[Request | str], *, frames: int = 24
             plan = pipe.plan(request)
         except RequestError as error:
             raise type(error)(f"in frame {n}: {error}") from None
-        if len(plan.seeds) > 1:
-            raise RequestError(f"a keyframe makes {len(plan.seeds)} pictures and a film has one in each frame: leave batch out")
         recipes.append({name: value for name, value in make_recipe(plan, pipe.checkpoint.digest, plan.notes).items() if name != "batch"})
         steps.append(plan.steps)
     film = Film(pipe, requests, tuple(recipes), bool(loop), sum(steps), None if folder is None else Path(folder), on_step)
@@ -200,6 +198,17 @@ def _keyframes(keys: Sequence[Request | str], options: dict[str, Any]) -> list[R
         else:
             made.append(Request(prompt=key, **options, **own))
     return made
+
+
+def _finished(pipe: Pipeline, key: Request, n: int) -> Request:
+    """A keyframe as it is planned: its wildcards are drawn for its own seed, and not again in each frame for another's."""
+    try:
+        plan = pipe.plan(key)
+    except RequestError as error:
+        raise type(error)(f"in keyframe {n}: {error}") from None
+    if len(plan.seeds) > 1:
+        raise RequestError(f"keyframe {n} makes {len(plan.seeds)} pictures and a film has one in each frame: leave batch out")
+    return plan.request
 
 
 def _check_free(a: Request, b: Request, first: str, second: str, name: str) -> None:
