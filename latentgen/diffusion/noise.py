@@ -7,6 +7,7 @@ means the same picture everywhere, and never from the global generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -52,6 +53,13 @@ class SeededNoise:
             draws = [self._turned(n, own) for n, own in enumerate(draws)]
         self._begun = True
         return torch.stack(draws)
+
+    def sized(self, shape: tuple[int, ...]) -> SeededNoise:
+        """The same streams from where they are now, for latents of another shape, (C, h, w)."""
+        other = copy(self)
+        other.shape = other._origin = tuple(shape)
+        other._strength, other._begun = 0.0, True
+        return other
 
     def _turned(self, n: int, own: Tensor) -> Tensor:
         """The first draw of image n, from what its shape and seed give by themselves."""

@@ -14,6 +14,7 @@ from typing import Any
 from latentgen.pixels.save import PARAMETERS
 from latentgen.run.foreign_comfy import from_prompt, from_workflow
 from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
+from latentgen.run.foreign_hires import hires
 from latentgen.run.foreign_invoke import from_dream, from_invoke, from_old_invoke
 from latentgen.run.parameters import Parameters, read_parameters
 from latentgen.run.request import ALIASES, Request
@@ -24,10 +25,10 @@ _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, s
     "CFG Rescale phi": ("guidance_rescale", number), "CFG rescale": ("guidance_rescale", number),
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
-         "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength"}
+         "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength", "Tile"}
 _SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser"}  # they say nothing about the picture
 _FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end",
-           "variation_strength")
+           "variation_strength", "upscale", "upscale_strength")
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
 
 
@@ -77,6 +78,7 @@ def from_parameters(read: Parameters) -> Foreign:
         found.note(f"{found.tool} draws its noise on the GPU unless its file says RNG: CPU, so this seed gives another picture here")
     if found.take("variation_strength", settings.get("Variation seed strength"), number, said="Variation seed strength"):
         found.take("variation_seed", settings.get("Variation seed"), whole, said="Variation seed")
+    found.take("tile", settings.get("Tile"), whole, said="Tile")
     _picture_settings(settings, found)
     found.model = base_name(settings["Model"]) if "Model" in settings else ""
     _rest(settings, found)
@@ -94,11 +96,7 @@ def _program(settings: Mapping[str, str]) -> str:
 
 def _picture_settings(settings: Mapping[str, str], found: Found) -> None:
     """Strength: of an edit, whose picture must be given, or of a second pass at a larger size, which has another meaning."""
-    hires = [name for name in settings if name.startswith("Hires")]
-    if hires:
-        said = ", ".join(f"{name}: {settings[name]}" for name in (*hires, "Denoising strength") if name in settings)
-        found.note(f"a second pass at a larger size ({said[:200]}) was not taken over: this is the first pass")
-    elif "Denoising strength" in settings:
+    if not hires(settings, found) and "Denoising strength" in settings:
         found.take("strength", settings["Denoising strength"], number, said="Denoising strength")
         found.need("image", "it was made from a picture, which the file does not hold: give it as image")
     for name, picture in _PICTURE_SETTINGS.items():
@@ -122,7 +120,7 @@ def from_diffusers(data: Mapping[str, Any]) -> Foreign | None:
         return None
     found = Found(base_name(data.get("version") or data.get("software") or "diffusers"))
     found.take_prompts(*(next((data[key] for key in data if names[key] == wanted), None) for wanted in ("prompt", "negative_prompt")))
-    kinds = dict.fromkeys(("steps", "seed", "width", "height", "clip_skip", "variation_seed", "seed_width", "seed_height"), whole) | dict.fromkeys(_FLOATS, number)
+    kinds = dict.fromkeys(("steps", "seed", "width", "height", "clip_skip", "variation_seed", "seed_width", "seed_height", "upscale_steps", "tile"), whole) | dict.fromkeys(_FLOATS, number)
     for key, name in names.items():
         value = data[key]
         if key == "clip_skip" and isinstance(value, int) and "num_inference_steps" in data:

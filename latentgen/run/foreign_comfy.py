@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
+from latentgen.run.foreign_hires import same_factor, take_upscaler
 
 Node = Mapping[str, Any]
 Graph = Mapping[str, Node]
@@ -24,7 +25,8 @@ _WIDGETS = {  # names of the values that older workflows list without them; None
     "BasicScheduler": ("scheduler", "steps", "denoise"), "CFGGuider": ("cfg",), "CLIPTextEncode": ("text",), "UNETLoader": ("unet_name",),
     "CheckpointLoaderSimple": ("ckpt_name",), "EmptyLatentImage": ("width", "height", "batch_size"), "CLIPSetLastLayer": ("stop_at_clip_layer",),
     "LoraLoader": ("lora_name", "strength_model", "strength_clip"), "LoraLoaderModelOnly": ("lora_name", "strength_model"),
-    "LoadImage": ("image",), "ConditioningZeroOut": (), "LatentUpscale": ("upscale_method", "width", "height"),
+    "LoadImage": ("image",), "ConditioningZeroOut": (), "LatentUpscale": ("upscale_method", "width", "height", "crop"),
+    "LatentUpscaleBy": ("upscale_method", "scale_by"), "ImageScale": ("upscale_method", "width", "height", "crop"), "ImageScaleBy": ("upscale_method", "scale_by"),
     "ControlNetLoader": ("control_net_name",), "PrimitiveNode": ("value",), "VAELoader": ("vae_name",), "RescaleCFG": ("multiplier",),
 }
 
@@ -36,7 +38,10 @@ def from_prompt(data: Mapping[str, Any]) -> Foreign | None:
     if sampler is None:
         return None
     found = Found("ComfyUI")
-    _Reader(graph, found).read(sampler)
+    reader = _Reader(graph, found)
+    reader.read(sampler)
+    if len(later) == 1 and reader.larger(sampler, later[0]):
+        later = []
     for node in later:
         steps, denoise = (_value(graph, node["inputs"].get(name)) for name in ("steps", "denoise"))
         found.note(f"a later pass of {node.get('class_type')} ({steps} steps, denoise {denoise}) was not taken over: this is the first pass")
@@ -254,6 +259,25 @@ class _Reader:
             found.take("height", self.said(empty, "height"), whole)
             if self.said(empty, "batch_size") not in (None, 1):
                 found.note("it is one of a batch, whose noise ComfyUI draws at once: only the first picture of it has this seed's noise")
+
+    def larger(self, first: Node, second: Node) -> bool:
+        """A second sampler that goes on from what the first made, enlarged; False where it is not that."""
+        between = [node for node in _upstream(self.graph, list(_links(second, _LATENT)), (*_LATENT, "pixels", "image")) if node is not first]
+        how = [node for node in between if "upscale_method" in node["inputs"]]
+        denoise, steps = (self.said(second, name) for name in ("denoise", "steps"))
+        if len(how) != 1 or any("upscale_model" in node["inputs"] for node in between) or not isinstance(denoise, (int, float)):
+            return False
+        sides = ([self.found.fields.get(name) for name in ("width", "height")], [self.said(how[0], name) for name in ("width", "height")])
+        factor = self.said(how[0], "scale_by") or same_factor(*sides)
+        if factor is None or not self.found.take("upscale", factor, number, said="scale_by"):
+            return False
+        take_upscaler(self.found, self.said(how[0], "upscale_method"), of="latents" if "samples" in how[0]["inputs"] else "pixels")
+        self.found.take("upscale_strength", denoise, number, said="denoise of the second pass")
+        self.found.take("upscale_steps", steps, whole, said="steps of the second pass")
+        other = [name for name in ("cfg", "sampler_name", "scheduler") if self.said(second, name) != self.said(first, name)]
+        self.found.note("the second pass draws its noise from a seed of its own, here from that of the first" + "".join(
+            f"; it has {name} {self.said(second, name)}, here that of the first" for name in other))
+        return True
 
     def model(self, node: Node) -> None:
         """What the network is called, and what was put on it."""

@@ -20,7 +20,7 @@ def levels_of(request: Request, family: Family, size: tuple[int, int], refuse: C
             notes: list[str]) -> tuple[tuple[Level, ...], tuple[Level, ...], float, dict[str, float]]:
     """The levels of the whole run, those to run, strength and the sampler's options."""
     defaults, task = family.defaults, request.task
-    steps, spacing = request.steps or defaults.steps, request.spacing or defaults.spacing
+    steps = request.steps or defaults.steps
     info = find_sampler(request.sampler or defaults.sampler)
     options: dict[str, float | str] = {}
     if request.eta is not None and "eta" in (request.sampler_options or {}):
@@ -34,10 +34,7 @@ def levels_of(request: Request, family: Family, size: tuple[int, int], refuse: C
             refuse(f"{option} is given but the sampler {request.sampler or defaults.sampler!r} has no {option} ({takes}): leave it out, or use another sampler")
     if request.shift is not None and request.shift != 1 and family.prediction != "flow":
         refuse(f"shift is {request.shift:g} but {family.name} does not run on a rectified flow: leave shift out")
-    shift = defaults.shift if family.shift is None else family.shift(*size, steps)
-    shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in UNSHIFTED else shift
-    levels = full = make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0,
-                                terminal=family.terminal)
+    levels = full = path_of(request, family, size, steps)
     strength = 1.0
     if task in ("img2img", "inpaint"):
         strength = request.strength if request.strength is not None else (defaults.strength if task == "img2img" else 1.0)
@@ -52,6 +49,14 @@ def levels_of(request: Request, family: Family, size: tuple[int, int], refuse: C
     if request.feather and task != "outpaint":
         refuse(f"feather is given but this is {task}: it softens the rim of an outpainted area")
     return full, _share(request, family, levels), strength, options
+
+
+def path_of(request: Request, family: Family, size: tuple[int, int], steps: int) -> tuple[Level, ...]:
+    """The levels of a whole run of so many steps, noise to clean; size: (width, height) of the picture, by which some models shift them."""
+    defaults, spacing = family.defaults, request.spacing or family.defaults.spacing
+    shift = defaults.shift if family.shift is None else family.shift(*size, steps)
+    shift = 1.0 if family.prediction != "flow" else request.shift if request.shift is not None else 1.0 if spacing in UNSHIFTED else shift
+    return make_spacing(spacing, family.path, steps, shift=shift, offset=defaults.offset if spacing == "leading" else 0, terminal=family.terminal)
 
 
 def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple[Level, ...]:

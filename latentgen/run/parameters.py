@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+from latentgen.run.foreign_hires import WORDS
+from latentgen.run.passes import upscale_steps
 
 NEGATIVE = "Negative prompt:"
 MAX_SETTINGS = 2**16  # letters of the line of settings that are read
@@ -44,10 +46,11 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
 
     Args:
         recipe: see `latentgen.run.recipe.make_recipe`.
-        size: width and height of the picture in pixels, where the recipe does not tell.
+        size: width and height of the picture in pixels; with a second pass the recipe tells that of the first.
     """
     built_in = "true_cfg_scale" in recipe  # then guidance_scale is what Forge calls distilled
-    width, height = size or (recipe.get("width"), recipe.get("height"))
+    second = {"upscale", "upscaler", "width"} <= {*recipe} and "denoising_end" not in recipe  # an edit's size is that of its picture, and A1111 has no second pass for it
+    width, height = size if size is not None and not second else (recipe.get("width"), recipe.get("height"))
     said = {
         "Steps": recipe.get("steps"), "Sampler": _SAMPLERS.get(str(recipe.get("sampler")), recipe.get("sampler")),
         "Schedule type": _SPACINGS.get(str(recipe.get("spacing")), recipe.get("spacing")),
@@ -56,7 +59,8 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Seed": recipe.get("seed"), "Size": f"{width}x{height}" if width and height else None, "Model": recipe.get("model"),
         "Variation seed": recipe.get("variation_seed"), "Variation seed strength": recipe.get("variation_strength"),
         "Seed resize from": f"{recipe['seed_width']}x{recipe['seed_height']}" if "seed_width" in recipe else None,
-        "Denoising strength": recipe.get("strength"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
+        "Denoising strength": recipe.get("upscale_strength") if second else recipe.get("strength"), **(_hires(recipe) if second else {}),
+        "Tile": recipe.get("tile"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
     said |= _script(recipe.get("grid")) | _template(recipe)
@@ -87,6 +91,12 @@ def read_parameters(text: str) -> Parameters | None:
     if negative:
         negative[0] = negative[0].lstrip().removeprefix(NEGATIVE).removeprefix(" ")
     return Parameters("\n".join(lines[:split]), "\n".join(negative), settings)
+
+
+def _hires(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A second pass as A1111 writes it, whose count of its steps is of those that are run."""
+    steps = recipe.get("upscale_steps") or upscale_steps(int(recipe.get("steps") or 1), float(recipe.get("upscale_strength") or 1))
+    return {"Hires upscale": recipe.get("upscale"), "Hires steps": steps, "Hires upscaler": WORDS.get(str(recipe.get("upscaler")), recipe.get("upscaler"))}
 
 
 def _script(grid: Any) -> dict[str, str]:

@@ -1,17 +1,33 @@
-"""The passes of a run: each denoises the picture at one size, the first from noise or an edit's source, a later one from what the one before made.
+"""The passes of a run: each denoises the picture at one size, the first from noise or an edit's source, a second from what the first made, enlarged.
 
 Knows requests, families, sizes and levels; runs no network.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
 
 from latentgen.diffusion.level import Level
-from latentgen.run.sizing import Source
+from latentgen.diffusion.tiles import Grid
+from latentgen.errors import RequestError
+from latentgen.pixels.upscale import UPSCALERS
+from latentgen.run.levels import path_of
+from latentgen.run.sizing import Source, check_area
+
+if TYPE_CHECKING:
+    from latentgen.models.family import Family
+    from latentgen.run.request import Request
 
 TILE_ABOVE = 1024 * 1024  # pixels of a picture from which the autoencoder works in tiles
 TILE = 768
+WINDOWED_ABOVE = 4  # times the model's own area, from which a second pass is denoised in windows
+SHARED = 4  # neighbouring windows share a side's fourth part
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,10 @@ class Pass:
         width, height: the size that is denoised; `crop` is the part of it that is the picture (an edit keeps its picture's size).
         asked_steps: steps of the whole path, of which the last ones are run, the share `strength`; `first_step` is the first of them, counted from 1.
         levels: the levels visited, the clean one last; `steps` of them are evaluated.
-        evaluations: how often the network sees one picture, exactly: two or more for each guided level that a sampler asks about, else one.
+        evaluations: how often the network sees one picture, exactly: two or more for each guided level that a sampler asks about, else one; so often
+            for each window.
+        grid: the windows through which the network sees the latent; most times one, which is all of it.
+        upscaler: how what the pass before made was brought to this size, "" for the first pass.
         source: the picture that an edit starts from, at this size.
     """
 
@@ -34,6 +53,8 @@ class Pass:
     levels: tuple[Level, ...]
     strength: float
     evaluations: int
+    grid: Grid
+    upscaler: str = ""
     source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -45,3 +66,108 @@ class Pass:
     def tile(self) -> int | None:
         """Side of an autoencoder's tile in pixels, None where it sees the picture whole."""
         return TILE if self.width * self.height > TILE_ABOVE else None
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """(h, w) of the latents that the network sees at once."""
+        window = self.grid.windows[0]
+        return window.rows.length, window.columns.length
+
+    @property
+    def size(self) -> str:
+        """"520x304, cropped to 515x300", as far as there is something to say."""
+        return f"{self.width}x{self.height}" + (f", cropped to {self.crop[0]}x{self.crop[1]}" if self.crop != (self.width, self.height) else "")
+
+    @property
+    def way(self) -> str:
+        """"time 599 to 99, 9 windows of 256 pixels", as far as there is something to say."""
+        many = len(self.grid.windows)
+        windows = f", {many} windows of {self.grid.tile * self.width // self.grid.width} pixels" if many > 1 else ""
+        return f"time {self.levels[0].time:g} to {self.levels[-2].time:g}{windows}"
+
+    def __str__(self) -> str:
+        """A second pass, in one line."""
+        return f"{self.size} by {self.upscaler}, {self.steps} of {self.asked_steps} steps (strength {self.strength:g}), {self.way}, {self.evaluations} evaluations"
+
+
+def grid_of(request: Request, family: Family, size: tuple[int, int], *, later: bool, refuse: Callable[[str], None], notes: list[str]) -> Grid:
+    """The windows through which a picture of (width, height) pixels is denoised.
+
+    Args:
+        later: it is a second pass, which is denoised in windows also unasked where it is far larger than the model's own size.
+    """
+    (width, height), spec, defaults = size, family.latent, family.defaults
+    step, tile = math.lcm(spec.multiple, spec.factor), request.tile
+    if tile is not None and tile % step:
+        below = tile // step * step
+        raise RequestError(f"tile is {tile}: expected a multiple of {step}, so use {f'{below} or ' * (below > 0)}{below + step}")
+    if tile is not None and request.reference is not None:
+        if not later:
+            refuse("tile is given but this edit looks at its reference as a whole: leave tile out")
+        tile = None
+    native = defaults.width * defaults.height
+    if tile is None and later and request.reference is None and width * height > WINDOWED_ABOVE * native:
+        tile = max(step, round(math.sqrt(native) / step) * step)
+        notes.append(f"{width}x{height} is {width * height / native:.2g} times this model's own area: it is denoised in windows of {tile} pixels")
+    side = (tile or max(width, height)) // spec.factor
+    return Grid(height // spec.factor, width // spec.factor, side, side // SHARED)
+
+
+def second_pass(request: Request, family: Family, first: Pass, *, count: Callable[[tuple[Level, ...], int, int], int], refuse: Callable[[str], None],
+                notes: list[str]) -> Pass | None:
+    """The pass that makes the first one's picture larger, None where none is asked for.
+
+    Args:
+        count: (levels, how many of the whole run come before them, steps of the whole run) -> evaluations of one picture.
+
+    Raises:
+        RequestError: a size that cannot be made, or an unknown upscaler.
+    """
+    said = [name for name in ("upscaler", "upscale_strength", "upscale_steps") if getattr(request, name) is not None]
+    if request.upscale is None:
+        if said:
+            refuse(f"{said[0]} is given but upscale is not: pass upscale=2, or leave {said[0]} out")
+        return None
+    if request.denoising_end is not None:
+        refuse("upscale is given but denoising_end leaves the picture unfinished: leave one of them out")
+        return None
+    name = request.upscaler or next(iter(UPSCALERS))
+    if name not in UPSCALERS:
+        raise RequestError(f"upscaler is {name!r}: expected one of {', '.join(map(repr, UPSCALERS))}")
+    width, height, crop = _larger(request.upscale, family, first, notes)
+    grid = grid_of(request, family, (width, height), later=True, refuse=refuse, notes=notes)
+    strength = UPSCALERS[name].strength if request.upscale_strength is None else request.upscale_strength
+    whole = request.steps or family.defaults.steps
+    steps = request.upscale_steps or upscale_steps(whole, strength)
+    whole = whole if request.upscale_steps is None else max(steps, int(steps / strength + 1e-9))  # A1111's count
+    spec, source = family.latent, None
+    full = path_of(request, family, (min(width, grid.tile * spec.factor), min(height, grid.tile * spec.factor)), whole)
+    levels = full[-(steps + 1):]
+    if first.source is not None:
+        mask = first.source.mask
+        source = Source(first.source.image.resize((width, height), Image.Resampling.LANCZOS),
+                        None if mask is None else torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False))
+    skipped = full.index(levels[0])
+    evaluations = count(levels, skipped, whole) * len(grid.windows)
+    return Pass(width, height, crop, whole, skipped + 1, levels, strength, evaluations, grid, name, source)
+
+
+def upscale_steps(steps: int, strength: float) -> int:
+    """How many levels a second pass visits where its number of steps is not said: the share `strength` of the first one's, one at least."""
+    return max(1, int(steps * strength + 1e-9))
+
+
+def _larger(factor: float, family: Family, first: Pass, notes: list[str]) -> tuple[int, int, tuple[int, int]]:
+    """Width and height of the second pass, and of the picture in it."""
+    step = math.lcm(family.latent.multiple, family.latent.factor)
+    exact = [side * factor for side in (first.width, first.height)]
+    width, height = (max(step, int(side / step + 0.5) * step) for side in exact)
+    if (width, height) == (first.width, first.height):
+        raise RequestError(f"upscale is {factor:g}, which leaves {width}x{height} as it is, for sides are multiples of {step}: "
+                           f"give {1 + step / max(width, height):.3g} or more, or leave it out")
+    check_area(width, height)
+    crop = round(first.crop[0] * width / first.width), round(first.crop[1] * height / first.height)
+    wanted = [side * factor for side in first.crop]
+    if any(abs(got - side) >= 1 for got, side in zip(crop, wanted, strict=True)):
+        notes.append(f"{factor:g} times {first.crop[0]}x{first.crop[1]} is {wanted[0]:g}x{wanted[1]:g}: {crop[0]}x{crop[1]} is made, for sides are multiples of {step}")
+    return width, height, crop

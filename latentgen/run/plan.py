@@ -21,7 +21,7 @@ from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of
 from latentgen.run.guiding import guidance_of, idle
 from latentgen.run.levels import levels_of
-from latentgen.run.passes import Pass
+from latentgen.run.passes import Pass, grid_of, second_pass
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import open_references, sized
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
@@ -113,13 +113,13 @@ class Plan:
         return sum(one.evaluations for one in self.passes)
 
     def __str__(self) -> str:
-        size = f"{self.width}x{self.height}" + (f", cropped to {self.crop[0]}x{self.crop[1]}" if self.crop != (self.width, self.height) else "")
-        first, last = self.levels[0], self.levels[-2]
+        first = self.passes[0]
         scale = "of cfg_pp" if "cfg_pp" in self.guiders else f"{self.guidance_scale:g}"
         guidance = f"{scale} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
         rows = {
-            "model": self.model, "task": self.task, "size": size, "seeds": str(self.noise),
-            "steps": f"{self.steps}, {self.sampler}, {self.spacing}, time {first.time:g} to {last.time:g}" + "".join(f", {k} {v}" for k, v in self.options.items()),
+            "model": self.model, "task": self.task, "size": first.size, "seeds": str(self.noise),
+            "steps": f"{first.steps}, {self.sampler}, {self.spacing}, {first.way}" + "".join(f", {k} {v}" for k, v in self.options.items()),
+            **{"then": str(one) for one in self.passes[1:]},
             "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
             "compute": f"{self.dtype} on {self.device}, {self.residency}, {self.evaluations} network evaluations a picture",
@@ -195,12 +195,14 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
 
     total, skipped = request.steps or defaults.steps, full.index(levels[0])
     notes += idle(guiders, Progress(levels, first=skipped, total=total), lambda level: low <= family.path.find(level.half_log_snr) <= high)
-    first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total), source)
+    grid = grid_of(request, family, (width, height), later=False, refuse=refuse, notes=notes)
+    first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid, source=source)
+    second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     approximate = approximations_of(request, family, refuse)
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=request, model=machine.model, task=request.task, passes=(first,), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
+        request=request, model=machine.model, task=request.task, passes=(first,) if second is None else (first, second), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],

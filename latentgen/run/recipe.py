@@ -112,6 +112,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in
     wild = request.dialect != "plain" and any(mark in getattr(request, name) for name in PROMPTS if getattr(request, name) for mark in MARKS)
     recipe |= {**plan.origin, **({"wildcards": False} if wild else {})}  # what had to be drawn was drawn: what looks like it is text
+    recipe |= {"upscaler": plan.passes[1].upscaler, "upscale_strength": plan.passes[1].strength} if plan.passes[1:] else {}
     recipe |= {name: value for name, value in _said(request).items() if name not in recipe}
     recipe |= {"reference_sha256": [picture_hash(picture) for picture in plan.references]} if plan.references else {}
     recipe |= {"latents_sha256": hashlib.sha256(request.latents.float().cpu().numpy().tobytes()).hexdigest()} if request.latents is not None else {}

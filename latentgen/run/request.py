@@ -34,6 +34,8 @@ EXPECTED = {
     "blend": "a number from 0 (prompt) to 1 (blend_prompt)",
     "styles": "names of styles, as ['cinematic']", "styles_file": "a TOML file with a table for each style",
     "wildcards": "a folder of word lists, or False to draw nothing",
+    "upscale": "a number from 1.05 to 4", "upscaler": "an upscaler's name", "upscale_strength": "a number above 0 and up to 1",
+    "upscale_steps": "a whole number from 1 to 1000", "tile": "a whole number of pixels from 16 to 8192",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
 EXPECTED |= {side: "a whole number of pixels from 8 to 8192, a multiple of the model's latents" for side in ("seed_width", "seed_height")}
@@ -52,6 +54,9 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "all_subseeds": "variation_seed", "variation_seed_strength": "variation_strength", "seed_resize_from_w": "seed_width", "seed_resize_from_h": "seed_height",
     "sigmas": "spacing", "timestep_spacing": "spacing",
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
+    "hr_scale": "upscale", "upscale_by": "upscale", "scale_by": "upscale", "upscale_factor": "upscale", "enable_hr": "upscale", "hires_fix": "upscale",
+    "hr_upscaler": "upscaler", "upscale_method": "upscaler", "hires_upscaler": "upscaler", "hr_second_pass_steps": "upscale_steps", "hires_steps": "upscale_steps",
+    "hr_denoising_strength": "upscale_strength", "hires_strength": "upscale_strength", "tile_size": "tile", "tile_width": "tile", "tile_height": "tile",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
     "guider": "guiders", "pag_scale": "guiders", "pag_applied_layers": "guiders", "skip_guidance_layers": "guiders",
@@ -103,6 +108,12 @@ class Request(BaseModel):
             `denoising_start` go on from there.
         latents: (batch, c, h, w), the start of a run with denoising_start.
         approximate: what is left out for speed, never by default: "deep_cache", a list, or {"first_block": {"threshold": 0.1}} (docs/approximate.md).
+        upscale: 1.05 to 4, a second pass at this many times the size: what the first one made is enlarged, noised and denoised once more.
+        upscaler: how it is enlarged: "latent" (in latent space, linearly), "latent_bicubic", "latent_nearest", "lanczos" or "nearest" (decoded, as a
+            picture, and encoded again). upscale_strength: share of the levels that the second pass runs, above 0 to 1. upscale_steps: how many levels
+            it visits; None takes that share of `steps`.
+        tile: side in pixels of overlapping windows in which a larger picture is denoised, each a picture of its own to the network (Bar-Tal et al.
+            2023). None: the whole picture at once, unless a second pass is more than 4 times the model's own area.
         fit: "resize" lets a mask or image of another size be resized.
         strict: False turns what a model cannot honour into a note.
 
@@ -140,6 +151,11 @@ class Request(BaseModel):
     top: int = Field(0, ge=0, le=4096)
     bottom: int = Field(0, ge=0, le=4096)
     feather: int = Field(0, ge=0, le=512)
+    upscale: float | None = Field(None, ge=1.05, le=4, allow_inf_nan=False)
+    upscaler: str | None = Field(None, min_length=1)
+    upscale_strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    upscale_steps: int | None = Field(None, ge=1, le=1000)
+    tile: int | None = Field(None, ge=16, le=8192)
     fit: str | None = Field(None, pattern="^resize$")
     dialect: str = Field("a1111", pattern="^(a1111|comfy|plain)$")
     weighting: str | None = Field(None, pattern="^(a1111|a1111_no_norm|comfy)$")

@@ -46,7 +46,7 @@ def approximate(modules: Modules, asked: Asked, *, plan: Plan, shape: tuple[int,
 def _calls(family: Family, modules: Modules, name: str, plan: Plan, one: Pass, script: Script,
            device: torch.device) -> list[tuple[Key, Callable[[nn.Module], Any]]]:
     """A call of the network for each level that the sampler will ask about and each conditioning that is heard there."""
-    x = torch.zeros(1, *family.latent.shape(one.width, one.height), device=device)
+    x = torch.zeros(1, family.latent.channels, *one.seen, device=device)
 
     def call(net: nn.Module, level: Any, conditioning: Any) -> None:
         with torch.no_grad():

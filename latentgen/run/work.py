@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from latentgen.diffusion.guide import masked
 from latentgen.diffusion.level import Denoiser, noised, start
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
+from latentgen.diffusion.tiles import Window
 from latentgen.errors import NotFiniteError
 from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from latentgen.models.weaken import weakened
 from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.mask import paste_back
+from latentgen.pixels.upscale import UPSCALERS, larger_latents, larger_pixels
 from latentgen.run.denoising import network, worded
 from latentgen.run.guard import even, flat, named, once_more, pictures_named
 from latentgen.run.guiding import OPTIONS
@@ -74,24 +76,26 @@ class Work:
         self.notes[:] = plan.notes
         began = phase = time.perf_counter()
         self.residency.check()
-        scripts = [[self.of(own).script(one) for own in plan.pictures or (plan,)] for one in plan.passes]
+        scripts = [[self.of(own).scripts(one) for own in plan.pictures or (plan,)] for one in plan.passes]
         timings["text"], phase = _since(phase)
         sources = [self.source_latents(one) for one in plan.passes]
         timings["encode"], phase = _since(phase)
         sample, done, x = find_sampler(plan.sampler).function, 0, None
         noise = plan.noise.noise(spec.shape(plan.width, plan.height), spec.factor)
-        for one, said, z0 in zip(plan.passes, scripts, sources, strict=True):
+        for n, (one, said, z0) in enumerate(zip(plan.passes, scripts, sources, strict=True)):
+            made = None if x is None else self.larger(plan.passes[n - 1], one, x)
+            noise = noise if made is None else noise.sized(spec.shape(one.width, one.height))
             eps = noise.draw().to(device)
-            x = self.start(one, z0, eps)
+            x = self.start(one, z0, eps, made)
             with self.residency.use("denoiser") as modules:
                 denoise = self.denoisers(one, modules, said, z0, eps)
-                for step in sample(denoise, x, one.levels, noise=lambda: noise.draw().to(device), **plan.options):
+                for step in sample(denoise, x, one.levels, noise=lambda noise=noise: noise.draw().to(device), **plan.options):
                     x = step.x
                     yield replace(step, index=done + step.index, total=plan.steps)
             del modules, denoise, step  # with what their views hold
             self.check_finite(x)
             done += one.steps
-        self.notes.extend(saved() for saved in self.savings)
+        self.notes.extend(dict.fromkeys(saved() for saved in self.savings))
         timings["sample"], phase = _since(phase)
         images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
         timings["decode"], _ = _since(phase)
@@ -103,17 +107,22 @@ class Work:
         """The same run, seen from another plan: of one of its pictures."""
         return replace(self, plan=plan)
 
-    def script(self, one: Pass) -> Script:
-        """What is said when, as the denoiser hears it: words, and what the family adds of the picture."""
+    def scripts(self, one: Pass) -> list[Script]:
+        """What is said when, as the denoiser of each window hears it: words, and what the family adds of the picture. One, where all hear the same."""
         speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self.memo, self.plan, self.notes)
-        return speaker.script(partial(self.family.inputs, self.scene(one)))
+        windows = one.grid.windows
+        if one.source is None:  # windows are of one size, and nothing else tells them apart
+            return [speaker.script(partial(self.family.inputs, self.scene(one, windows[0])))] * len(windows)
+        return [speaker.script(partial(self.family.inputs, self.scene(one, window))) for window in windows]
 
-    def scene(self, one: Pass) -> Scene:
-        """The picture side of a request, as a family's `inputs` reads it."""
-        plan, source, request = self.plan, one.source, self.plan.request
+    def scene(self, one: Pass, window: Window) -> Scene:
+        """The picture side of a request, as a family's `inputs` reads it: what lies in one window, as if it were all."""
+        plan, source, request, factor = self.plan, one.source, self.plan.request, self.family.latent.factor
         options = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None} | {"guidance_scale": plan.guidance_scale}
-        return Scene(one.width, one.height, self.family.latent.shape(one.width, one.height), encode=partial(self.latents, one),
-                     image=None if source is None else source_pixels(source), mask=None if source is None else source.mask,
+        width, height = window.columns.length * factor, window.rows.length * factor
+        return Scene(width, height, self.family.latent.shape(width, height), encode=partial(self.latents, one),
+                     image=None if source is None else window.of(source_pixels(source), unit=factor),
+                     mask=None if source is None or source.mask is None else window.of(source.mask, unit=factor),
                      references=tuple(to_tensor(picture) for picture in plan.references), options=options)
 
     def source_latents(self, one: Pass) -> Tensor | None:
@@ -132,33 +141,50 @@ class Work:
         self.notes.extend(said)
         return z0
 
-    def start(self, one: Pass, z0: Tensor | None, eps: Tensor) -> Tensor:
-        """x at the first level: the source with noise, another run's latents, or noise alone (also where an inpainting keeps nothing of the old)."""
+    def larger(self, before: Pass, one: Pass, z: Tensor) -> Tensor:
+        """What the pass before made, (B, c, h, w), as latents of this one's size."""
+        how, factor = UPSCALERS[one.upscaler], self.family.latent.factor
+        if not how.pixels:
+            return larger_latents(z, (one.height // factor, one.width // factor), mode=how.mode)
+        pixels = larger_pixels(self.pixels(before, z), (one.height, one.width), mode=how.mode)
+        return torch.cat([self.latents(one, part) for part in pixels.split(1)])
+
+    def start(self, one: Pass, z0: Tensor | None, eps: Tensor, made: Tensor | None) -> Tensor:
+        """x at the first level: what the pass before made or the source, with noise; another run's latents; or noise alone (also where an inpainting
+        keeps nothing of the old)."""
         plan, first = self.plan, one.levels[0]
+        if made is not None:
+            return noised(made, eps, first)
         if plan.request.latents is not None:
             return plan.request.latents.to(eps)
         if z0 is not None and (plan.task == "img2img" or (plan.task == "inpaint" and one.strength < 1)):
             return noised(z0.expand_as(eps), eps, first)
         return start(eps, first)
 
-    def denoisers(self, one: Pass, modules: Modules, scripts: Sequence[Script], z0: Tensor | None, eps: Tensor) -> Denoiser:
+    def denoisers(self, one: Pass, modules: Modules, scripts: Sequence[Sequence[Script]], z0: Tensor | None, eps: Tensor) -> Denoiser:
         """One denoiser for all pictures, or where their texts differ, to each picture its own."""
         plans = self.plan.pictures or (self.plan,)
         every = [self.of(plan).denoiser(one, modules, said, z0, own) for plan, said, own in zip(plans, scripts, eps.chunk(len(plans)), strict=True)]
         return every[0] if len(every) == 1 else lambda x, level: torch.cat([own(part, level) for own, part in zip(every, x.split(1), strict=True)])
 
-    def denoiser(self, one: Pass, modules: Modules, script: Script, z0: Tensor | None, eps: Tensor) -> Denoiser:
-        """The network with all that is wrapped around it."""
-        asked, plan, weaker = Asked(), self.plan, {}
-        quick = partial(exact, self.family, plan=plan, one=one, script=script, device=self.residency.device)
-        for name in (name for name, options in plan.guiders.items() if "layers" in options):
-            weak = Asked()
-            weaker[name] = self.network(quick(weakened(modules, guider=name, layers=plan.guiders[name]["layers"]), weak), weak)
-        modules = quick(modules, asked)
-        modules = approximate(modules, asked, plan=plan, shape=(eps.shape[2], eps.shape[3]), notes=self.savings)
-        progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
-        denoise = worded(self.family, self.network(modules, asked), plan, script, progress=progress, weaker=weaker)
-        denoise = thresholded(denoise, plan.guiders)
+    def denoiser(self, one: Pass, modules: Modules, scripts: Sequence[Script], z0: Tensor | None, eps: Tensor) -> Denoiser:
+        """The network with all that is wrapped around it; `scripts` are what its windows hear."""
+        plan = self.plan
+        layers = {name: options["layers"] for name, options in plan.guiders.items() if "layers" in options}
+
+        @cache
+        def quick(script: Script, guider: str = "") -> tuple[Modules, Asked]:
+            asked, nets = Asked(), weakened(modules, guider=guider, layers=layers[guider]) if guider else modules
+            return exact(self.family, nets, asked, plan=plan, one=one, script=script, device=self.residency.device), asked
+
+        def window(script: Script) -> Denoiser:
+            """One window's, with what remembers the steps before for itself."""
+            nets, asked = quick(script)
+            nets = approximate(nets, asked, plan=plan, shape=one.seen, notes=self.savings)
+            progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
+            return worded(self.family, self.network(nets, asked), plan, script, progress=progress, weaker={name: self.network(*quick(script, name)) for name in layers})
+
+        denoise = thresholded(one.grid.tiled([window(script) for script in scripts], device=eps.device), plan.guiders)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise
