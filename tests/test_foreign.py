@@ -90,8 +90,17 @@ def test_a1111_edits_second_passes_and_what_is_not_here() -> None:
     noted(edit, "give it as image", "give it as mask")
     hires = settings_line("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.45, "
                           "Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent")
-    assert "strength" not in hires.fields and hires.needs == ()
-    noted(hires, "Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent, Denoising strength: 0.45")
+    fields(hires, prompt="a fox", steps=20, sampler="euler", spacing="normal", guidance_scale=7.0, seed=1, width=512, height=512,
+           upscale=2.0, upscaler="latent", upscale_strength=0.45, upscale_steps=10)
+    assert hires.needs == () and len(hires.notes) == 1  # of the seed
+    other = settings_line("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.7, Hires resize: 1024x1024, "
+                          "Hires upscaler: R-ESRGAN 4x+, Hires sampler: Use same sampler, Hires CFG Scale: 5, Hires prompt: \"a fox, sharp\"")
+    assert {name: value for name, value in other.fields.items() if name.startswith("up")} == {
+        "upscale": 2.0, "upscaler": "lanczos", "upscale_strength": 0.7, "upscale_steps": 20}  # where A1111 names no steps it runs as many as before
+    noted(other, "'R-ESRGAN 4x+' is lanczos here", "Hires CFG Scale: 5", "Hires prompt: a fox, sharp")
+    bent = settings_line("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, Denoising strength: 0.7, Hires resize: 1024x768, Hires upscaler: Latent")
+    assert "upscale" not in bent.fields and "strength" not in bent.fields
+    noted(bent, "a second pass at a larger size (Hires resize: 1024x768, Hires upscaler: Latent, Denoising strength: 0.7) was not taken over")
     odd = settings_line('Steps: 20, Sampler: My Sampler, Schedule type: Zigzag, CFG scale: 700, Seed: -1, Size: 4x99999, '
                         'Clip skip: one, Token merging ratio: 0.5, '
                         'ControlNet 0: "Module: canny, Model: control_canny [e3fe], Weight: 1.0", Variation seed: 7, Variation seed strength: 2')
@@ -168,8 +177,19 @@ def test_comfyui_two_passes_and_a_refiner() -> None:
                   negative=["7", 0], latent_image=["13", 0])
     hires = graph(n12=second, n13=node("LatentUpscale", samples=["3", 0], width=1024, height=1536, upscale_method="nearest-exact", crop="disabled"),
                   i8={"samples": ["12", 0]})
-    found = fields(from_prompt(hires), **BASE)
-    noted(found, "a later pass of KSampler (12 steps, denoise 0.5)")
+    found = fields(from_prompt(hires), **BASE, upscale=2.0, upscaler="latent_nearest", upscale_strength=0.5, upscale_steps=12)
+    noted(found, "the second pass draws its noise from a seed of its own", "it has cfg 5, here that of the first")
+    by = {**hires, "13": node("LatentUpscaleBy", samples=["3", 0], scale_by=1.5, upscale_method="bislerp")}
+    found = fields(from_prompt(by), **BASE, upscale=1.5, upscaler="latent", upscale_strength=0.5, upscale_steps=12)
+    noted(found, "upscaler 'bislerp' is latent here")
+    pixels = by | {"13": node("VAEEncode", pixels=["14", 0], vae=["4", 2]), "14": node("ImageScaleBy", image=["15", 0], scale_by=2.0, upscale_method="lanczos"),
+                   "15": node("VAEDecode", samples=["3", 0], vae=["4", 2])}
+    fields(from_prompt(pixels), **BASE, upscale=2.0, upscaler="lanczos", upscale_strength=0.5, upscale_steps=12)
+    network = pixels | {"14": node("ImageScale", image=["16", 0], width=1024, height=1536, upscale_method="lanczos", crop="disabled"),
+                        "16": node("ImageUpscaleWithModel", image=["15", 0], upscale_model=["17", 0])}
+    bent = {**hires, "13": node("LatentUpscale", samples=["3", 0], width=1024, height=1024, upscale_method="bilinear", crop="disabled")}
+    for graph_ in (network, bent):
+        noted(fields(from_prompt(graph_), **BASE), "a later pass of KSampler (12 steps, denoise 0.5)")
     half = node("KSamplerAdvanced", add_noise="enable", noise_seed=5, steps=25, cfg=7.0, sampler_name="euler", scheduler="normal", start_at_step=0,
                 end_at_step=20,
                 return_with_leftover_noise="enable", model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0])

@@ -61,7 +61,7 @@ def test_one_bad_value_refuses_the_sheet_before_anything_runs(pipe, monkeypatch:
     ({"x": {"seed": [1], "steps": [2]}}, "expected one field"), ({"x": {"seed": []}}, "one or more"), ({"x": {"sampler": "euler"}}, "expected a list"),
     ({"x": {"batch": [1, 2]}}, "make seed an axis"), ({"x": {"image": [1]}}, "no cell can have"), ({"x": X, "y": {"guidance_scale": [2]}}, "x and y are both"),
     ({"x": X, "batch": 2}, "makes 2 pictures"), ({"x": {"steps": [2]}, "steps": 3}, "steps is the axis x and given beside it"),
-    ({"x": {"prompt": ["b"]}}, "prompt is the axis x and given"), ({"x": {"seed": list(range(1025))}}, "1,025 cells"), ({"x": X, "tile": 5}, "tile is 5"),
+    ({"x": {"prompt": ["b"]}}, "prompt is the axis x and given"), ({"x": {"seed": list(range(1025))}}, "1,025 cells"), ({"x": X, "cell": 5}, "cell is 5"),
 ])
 def test_what_is_no_axis_is_refused(pipe, options: dict, message: str) -> None:  # noqa: ANN001
     with pytest.raises(RequestError, match=message):
@@ -108,7 +108,7 @@ def test_replay_tells_what_differs(pipe, tmp_path: Path) -> None:  # noqa: ANN00
         pipe.replay(latentgen.Recipe(data | {"cells": data["cells"][:2]}))
 
 
-@pytest.mark.parametrize("about", [None, {}, {"axes": [], "title": ""}, {"axes": [["a", 3]], "title": ""}, {"axes": [["a", [1, 2]]], "title": "", "tile": 10**9},
+@pytest.mark.parametrize("about", [None, {}, {"axes": [], "title": ""}, {"axes": [["a", 3]], "title": ""}, {"axes": [["a", [1, 2]]], "title": "", "cell": 10**9},
                                    {"axes": [["a", [1]]], "title": ""}, {"axes": [["a", [1, 2]]], "title": 3}])
 def test_a_recipe_that_tells_of_no_sheet_is_refused(about: object) -> None:
     with pytest.raises(RequestError):

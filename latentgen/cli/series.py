@@ -20,7 +20,7 @@ EXAMPLES = {"grid": 'Example:  latentgen grid "a red heart" --x guidance_scale=1
 _ABOUT = "One field and its values, as guidance_scale=1,4,8 or 'prompt=\"a cat, flat\",a dog'."
 X = Annotated[str, typer.Option("--x", help=f"The columns. {_ABOUT}", metavar="NAME=VALUE,...", show_default=False)]
 Y = Annotated[str | None, typer.Option("--y", help="The rows, likewise.", metavar="NAME=VALUE,...")]
-Tile = Annotated[int | None, typer.Option("--tile", help="Pixels that every picture is scaled to, 16 to 4096. Default: as they are.")]
+Cell = Annotated[int | None, typer.Option("--cell", help="Pixels that every picture is scaled to, 16 to 4096. Default: as they are.")]
 
 Keys = Annotated[list[str], typer.Argument(help="Two or more; the film goes from one to the next.", metavar="PROMPT...", show_default=False)]
 Frames = Annotated[int, typer.Option("--frames", help="Of the whole film, 2 to 2400.")]
@@ -32,7 +32,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print o
 
 
 @takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT)
-def grid(prompt: Prompt, x: X, y: Y = None, tile: Tile = None, **said: Any) -> None:
+def grid(prompt: Prompt, x: X, y: Y = None, cell: Cell = None, **said: Any) -> None:
     """Make a labelled sheet: one request with every value of one or two of its fields.
 
     Takes the options of all picture commands: with --image it redraws one, with --mask it paints. All cells have one seed.
@@ -52,7 +52,7 @@ def grid(prompt: Prompt, x: X, y: Y = None, tile: Tile = None, **said: Any) -> N
     pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False)
     with Meter(shown=not quiet) as meter:
         meter.phase("loading")
-        planned = plan_grid(pipe, request, x=axes[0], y=axes[1] if axes[1:] else None, tile=tile)
+        planned = plan_grid(pipe, request, x=axes[0], y=axes[1] if axes[1:] else None, cell=cell)
         done = planned.run(pipe, on_step=meter.step)
     into_folder = output is None or output.is_dir()
     path = free_name(output or Path(), f"{slug(prompt)}-grid") if into_folder else output

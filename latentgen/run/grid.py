@@ -49,7 +49,7 @@ class Grid:
         """The results of the cells, laid out as a recipe's "grid" says (see `check_about`)."""
         names = [[label(str(name), value) for value in values] for name, values in about["axes"]]
         columns = len(names[0])
-        image = sheet([result.image for result in results], columns=columns, tile=about.get("tile"), column_names=names[0],
+        image = sheet([result.image for result in results], columns=columns, tile=about.get("cell"), column_names=names[0],
                       row_names=names[1] if len(names) > 1 else None, title=about["title"])
         recipes = [{name: value for name, value in {**result.recipe, "pixels_sha256": picture_hash(result.image)}.items() if name != "batch"} for result in results]
         rows = tuple(tuple(results[at:at + columns]) for at in range(0, len(results), columns))
@@ -92,13 +92,13 @@ class GridPlan:
     Attributes:
         axes: name and values, of x, and of y where there is one.
         plans: one for each cell, row by row.
-        tile: side that every picture is scaled to on the sheet, or None.
+        cell: side that every picture is scaled to on the sheet, or None.
         title: what stands above.
     """
 
     axes: tuple[tuple[str, tuple[Any, ...]], ...]
     plans: tuple[Plan, ...]
-    tile: int | None
+    cell: int | None
     title: str
 
     @property
@@ -113,7 +113,7 @@ class GridPlan:
     @property
     def about(self) -> dict[str, Any]:
         """What the recipe says of the sheet."""
-        return {"axes": [[name, [list(value) if isinstance(value, tuple) else value for value in values]] for name, values in self.axes], "tile": self.tile, "title": self.title}
+        return {"axes": [[name, [list(value) if isinstance(value, tuple) else value for value in values]] for name, values in self.axes], "cell": self.cell, "title": self.title}
 
 
 def check_about(about: Any, count: int) -> None:
@@ -122,16 +122,16 @@ def check_about(about: Any, count: int) -> None:
     sound = isinstance(axes, list) and len(axes) in (1, 2) and all(isinstance(axis, list) and len(axis) == 2 and isinstance(axis[1], list) for axis in axes)
     if not sound or math.prod(len(values) for _, values in axes) != count or not 0 < count <= MAX_CELLS or not isinstance(title, str):
         raise RequestError("the recipe of the sheet was altered and tells of no sheet: take the file as it was saved")
-    check_tile(about.get("tile"))
+    check_cell(about.get("cell"))
 
 
-def check_tile(tile: object) -> None:
-    """RequestError for what is no side of a tile."""
-    if tile is not None and (type(tile) is not int or not 16 <= tile <= 4096):
-        raise RequestError(f"tile is {tile!r}: expected a whole number of pixels from 16 to 4096, or nothing")
+def check_cell(cell: object) -> None:
+    """RequestError for what is no side of a cell."""
+    if cell is not None and (type(cell) is not int or not 16 <= cell <= 4096):
+        raise RequestError(f"cell is {cell!r}: expected a whole number of pixels from 16 to 4096, or nothing")
 
 
-def make_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = None, tile: int | None = None, on_step: OnStep | None = None) -> Grid:
+def make_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = None, cell: int | None = None, on_step: OnStep | None = None) -> Grid:
     """A sheet with a picture for every value of one or two fields of a request.
 
     All cells have one seed, unless seed is an axis. All are planned before any runs; a text that several say is encoded once.
@@ -139,18 +139,18 @@ def make_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = Non
     Args:
         x: the columns: one field of `Request` and its values, as {"guidance_scale": [1, 4, 8]}.
         y: the rows, likewise.
-        tile: pixels that every picture is scaled to on the sheet; None keeps their size where the sheet does not grow too large.
+        cell: pixels that every picture is scaled to on the sheet; None keeps their size where the sheet does not grow too large.
         on_step: called after each step, counted over the whole; raise in it to stop.
 
     Raises:
         RequestError: an axis that is none, or a cell that cannot be honoured (the message names it).
     """
-    return plan_grid(pipe, request, x=x, y=y, tile=tile).run(pipe, on_step=on_step)
+    return plan_grid(pipe, request, x=x, y=y, cell=cell).run(pipe, on_step=on_step)
 
 
-def plan_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = None, tile: int | None = None) -> GridPlan:
+def plan_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = None, cell: int | None = None) -> GridPlan:
     """See `make_grid`: everything but the pictures."""
-    check_tile(tile)
+    check_cell(cell)
     axes = [_axis("x", x, request), *([_axis("y", y, request)] if y is not None else [])]
     if len(axes) > 1 and axes[0][0] == axes[1][0]:
         raise RequestError(f"x and y are both {axes[0][0]}: give each its own field")
@@ -164,7 +164,7 @@ def plan_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = Non
     title = ", ".join(text for text in (request.prompt, "" if "seed" in names else f"seed {plans[0].seeds[0]}", plans[0].model) if text)
     most = MAX_SIDE // max(len(values) for _, values in axes)
     largest = max(max(plan.crop) for plan in plans)
-    planned = GridPlan(tuple(axes), tuple(plans), tile or (most if largest > most else None), title)
+    planned = GridPlan(tuple(axes), tuple(plans), cell or (most if largest > most else None), title)
     check_room(joined_recipe([make_recipe(plan, "", plan.notes) for plan in plans], grid=planned.about), "the sheet")
     return planned
 

@@ -164,7 +164,7 @@ def _larger(factor: float, family: Family, first: Pass, notes: list[str]) -> tup
     width, height = (max(step, int(side / step + 0.5) * step) for side in exact)
     if (width, height) == (first.width, first.height):
         raise RequestError(f"upscale is {factor:g}, which leaves {width}x{height} as it is, for sides are multiples of {step}: "
-                           f"give {1 + step / max(width, height):.3g} or more, or leave it out")
+                           f"give {math.ceil(100 + 50 * step / max(width, height)) / 100:g} or more, or leave it out")
     check_area(width, height)
     crop = round(first.crop[0] * width / first.width), round(first.crop[1] * height / first.height)
     wanted = [side * factor for side in first.crop]

@@ -120,12 +120,12 @@ class Pipeline:
         """A picture changed as the words instruct, by a model made for it; `reference` is the picture, or several where the model looks at several."""
         return self._run("edit", on_step, prompt=prompt, reference=reference, **options)
 
-    def grid(self, prompt: Request | str = "", *, x: Axis, y: Axis | None = None, tile: int | None = None, on_step: OnStep | None = None,
+    def grid(self, prompt: Request | str = "", *, x: Axis, y: Axis | None = None, cell: int | None = None, on_step: OnStep | None = None,
              **options: Any) -> Grid:
         """One request in many versions on a labelled sheet, as x={"guidance_scale": [1, 4, 8]}. See `latentgen.run.grid.make_grid`."""
         from latentgen.run.grid import make_grid
 
-        return make_grid(self, _as_request(prompt, options), x=x, y=y, tile=tile, on_step=on_step)
+        return make_grid(self, _as_request(prompt, options), x=x, y=y, cell=cell, on_step=on_step)
 
     def interpolate(self, keys: Sequence[Request | str], *, frames: int = 24, loop: bool = False, folder: str | Path | None = None,
                     on_step: OnStep | None = None, **options: Any) -> Film:
