@@ -118,6 +118,17 @@ def test_on_paper_as_in_numbers(kind: str, place: Path) -> None:
         assert sum(by.get(what, 0) for by in rehearsed.flops.values()) == pytest.approx(number, rel=0.05), what
 
 
+@pytest.mark.parametrize("said", [{"upscale": 2}, {"upscale": 2, "upscaler": "lanczos", "tile": 64}], ids=str)
+def test_two_passes_and_windows_on_paper(place: Path, said: dict[str, Any]) -> None:
+    pipe = opened("sd15", place)
+    plan = pipe.plan("a red heart", steps=2, sampler="euler", seed=0, width=64, height=64, **said)
+    rehearsed = rehearse(pipe.checkpoint, pipe.family, plan)
+    peaks, flops = measured(pipe, plan)
+    assert rehearsed.activations == pytest.approx(peaks, rel=0.03)
+    for what, number in flops.items():
+        assert sum(by.get(what, 0) for by in rehearsed.flops.values()) == pytest.approx(number, rel=0.05), what
+
+
 def test_what_was_rehearsed_is_remembered_by_its_shapes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other words of the same length, another seed and more steps of the same kind change no memory; another size does."""
     pipe = opened("sd15", place)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -18,6 +18,7 @@ import torch
 
 from latentgen.models.family import Family, Stage
 from latentgen.models.paper import paper_part
+from latentgen.pixels.upscale import UPSCALERS
 from latentgen.run.ledger import KINDS, Ledger
 from latentgen.run.memo import Memo
 from latentgen.run.work import Work
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from latentgen.models.checkpoint import Checkpoint
+    from latentgen.run.passes import Pass
     from latentgen.run.plan import Plan
 
 STAGES: tuple[Stage, ...] = ("text", "encoder", "denoiser", "decoder")
@@ -106,14 +108,15 @@ def _rehearsed(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
     residency = PaperResidency(checkpoint, ledger, getattr(torch, plan.dtype))
     sampling = dict.fromkeys(KINDS, 0.0)
     with torch.no_grad(), ledger:
-        work = Work(replace(family, predict=_counted(family, seen)), checkpoint, residency, Memo(), shown)  # type: ignore[arg-type]
-        readied = [(work.script(one), work.source_latents(one)) for one in plan.passes]
-        for one, (script, z0) in zip(plan.passes, readied, strict=True):
+        work = _PaperWork(replace(family, predict=_counted(family, seen)), checkpoint, residency, Memo(), shown)  # type: ignore[arg-type]
+        readied = [(work.scripts(one), work.source_latents(one)) for one in plan.passes]
+        x = None
+        for n, (one, (scripts, z0)) in enumerate(zip(plan.passes, readied, strict=True)):
             eps = torch.zeros(count, *family.latent.shape(one.width, one.height))
-            x = work.start(one, z0, eps) if eps.shape[1:] == family.latent.shape(plan.width, plan.height) else eps
+            x = work.start(one, z0, eps, None if x is None else _larger(work, plan.passes[n - 1], one, x))
             began = dict(ledger.flops)
             with residency.use("denoiser") as modules:
-                denoise = work.denoiser(one, modules, script, z0, eps)
+                denoise = work.denoiser(one, modules, scripts, z0, eps)
                 before, seen[0] = dict(ledger.flops), 0
                 x = denoise(x, max(one.levels[:-1], key=lambda level: _guided_at(plan, family, level)))
                 for kind in KINDS:
@@ -123,8 +126,23 @@ def _rehearsed(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
     activations, flops = dict(residency.peaks), {stage: dict(kinds) for stage, kinds in residency.flops.items()} | {"denoiser": sampling}
     flops["decoder"] = {kind: value * pictures for kind, value in flops["decoder"].items()}
     if cpu:  # finished pictures lie there as they are decoded, and once more when they are joined
-        activations["decoder"] += (pictures - 1) * 2 * 3 * 4 * plan.width * plan.height
+        activations["decoder"] += (pictures - 1) * 2 * 3 * 4 * plan.passes[-1].width * plan.passes[-1].height
     return Rehearsed(activations, flops)
+
+
+class _PaperWork(Work):
+    """A run whose pictures nobody looks at, for they have no colours."""
+
+    def seen(self, one: Pass, z: torch.Tensor, pixels: torch.Tensor, again: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return pixels
+
+
+def _larger(work: Work, before: Pass, one: Pass, z: torch.Tensor) -> torch.Tensor:
+    """`Work.larger` of every picture, of which the first is run: a picture without numbers can be decoded and encoded, not resized."""
+    if not UPSCALERS[one.upscaler].pixels:
+        return work.larger(before, one, z)
+    work.pixels(before, z[:1])
+    return work.latents(one, torch.zeros(1, 3, one.height, one.width)).expand(len(z), -1, -1, -1)
 
 
 def _counted(family: Family, seen: list[int]) -> Any:
