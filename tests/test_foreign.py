@@ -303,7 +303,7 @@ def test_invokeai() -> None:
                    guidance_scale=7.5,
                    guidance_rescale=0.0, steps=30, sampler="dpmpp_2m", spacing="karras", clip_skip=2)
     assert found.tool == "InvokeAI 5.4.2" and found.model == "some-model" and found.needs == ()
-    noted(found, "LoRA 'fluffy' at 0.75", "VAE 'vae-fix'", "seamless_y: True", "weighted as InvokeAI weights")
+    noted(found, "LoRA 'fluffy' at 0.75", "VAE 'vae-fix'", "weighted as InvokeAI weights")
     edit = from_invoke(INVOKE | {"generation_mode": "inpaint", "rand_device": "cuda", "positive_prompt": "a fox", "scheduler": "deis", "cfg_scale": 1,
                                  "guidance": 3.5})
     assert edit is not None and edit.needs == ("image", "mask") and edit.fields["strength"] == 0.5 and edit.fields["guidance_scale"] == 3.5

@@ -16,6 +16,8 @@ from latentgen.run.foreign_comfy import from_prompt, from_workflow
 from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
 from latentgen.run.foreign_hires import hires
 from latentgen.run.foreign_invoke import from_dream, from_invoke, from_old_invoke
+from latentgen.run.foreign_rest import rest
+from latentgen.run.foreign_swarm import from_swarm
 from latentgen.run.parameters import Parameters, read_parameters
 from latentgen.run.request import ALIASES, Request
 
@@ -26,7 +28,6 @@ _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, s
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
          "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength", "Tile"}
-_SILENT = {"Created Date", "Backend", "Pipeline", "User", "Operations", "Parser"}  # they say nothing about the picture
 _FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end",
            "variation_strength", "upscale", "upscale_strength")
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
@@ -38,7 +39,7 @@ def read_foreign(texts: Mapping[str, str]) -> Foreign | None:
     Args:
         texts: see `latentgen.pixels.save.read_metadata`.
     """
-    readers = (("invokeai_metadata", from_invoke), ("sd-metadata", from_old_invoke), ("Sd-metadata", from_old_invoke), (PARAMETERS, from_diffusers),
+    readers = ((PARAMETERS, from_swarm), ("invokeai_metadata", from_invoke), ("sd-metadata", from_old_invoke), ("Sd-metadata", from_old_invoke), (PARAMETERS, from_diffusers),
                ("prompt", from_prompt), ("workflow", from_workflow), ("Comment", from_diffusers), ("diffusers", from_diffusers),
                ("recipe", from_diffusers))
     parameters = read_parameters(texts.get(PARAMETERS, ""))
@@ -71,7 +72,9 @@ def from_parameters(read: Parameters) -> Foreign:
     found.take_sampler(settings.get("Sampler"), schedule, program="A1111", usual="leading" if settings.get("Sampler") == "DDIM" else "normal")
     for setting, field in (("Size", ""), ("Seed resize from", "seed_")):
         size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", settings.get(setting, ""))
-        if size:
+        if size is None and setting in settings:
+            found.note(f"{setting} {settings[setting][:40]!r} was not taken over: it is not two sides")
+        elif size:
             found.take(f"{field}width", size[1], whole, said=setting)
             found.take(f"{field}height", size[2], whole, said=setting)
     if found.take("seed", settings.get("Seed"), whole, said="Seed") and not found.tool.startswith("latentgen") and settings.get("RNG") != "CPU":
@@ -81,7 +84,7 @@ def from_parameters(read: Parameters) -> Foreign:
     found.take("tile", settings.get("Tile"), whole, said="Tile")
     _picture_settings(settings, found)
     found.model = base_name(settings["Model"]) if "Model" in settings else ""
-    _rest(settings, found)
+    rest(settings, found, {*_READ, *_PICTURE_SETTINGS})
     return found.done()
 
 
@@ -102,15 +105,6 @@ def _picture_settings(settings: Mapping[str, str], found: Found) -> None:
     for name, picture in _PICTURE_SETTINGS.items():
         if name in settings:
             found.need(picture, "it was made with a mask, which the file does not hold: give it as mask")
-
-
-def _rest(settings: Mapping[str, str], found: Found) -> None:
-    """A note for each setting without an equivalent."""
-    for name, value in settings.items():
-        if name in ("Lora hashes", "TI hashes", "Hypernet", "VAE", "Refiner") or name.startswith(("ControlNet", "Module ")):
-            found.note(f"{name}: {value[:120]} was used, which is not loaded here")
-        elif name not in _READ | _SILENT and not name.startswith(("Hires", "Civitai", "Hashes", "RNG")) and not name.endswith("hash"):
-            found.note(f"{name}: {value[:120]} has no equivalent here")
 
 
 def from_diffusers(data: Mapping[str, Any]) -> Foreign | None:

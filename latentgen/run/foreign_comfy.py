@@ -15,6 +15,13 @@ from latentgen.run.foreign_hires import same_factor, take_upscaler
 Node = Mapping[str, Any]
 Graph = Mapping[str, Node]
 MOST_NODES = 5000
+_TEXTS = {"text", "text_g", "text_l", "clip_l", "t5xxl", "prompt", "string"}
+_CONDITIONERS = ("Reroute", "ConditioningZeroOut", "ConditioningCombine", "ConditioningConcat")  # of which `texts` tells
+_GUIDERS = ("BasicGuider", "CFGGuider")
+_ENDS = {"sigma_max": 14.614642, "sigma_min": 0.0291675, "rho": 7, "beta_d": 19.9, "beta_min": 0.1, "alpha": 0.6, "beta": 0.6}  # as the nodes have them
+_PICTURES = ("images", "image", "samples", "pixels", "latent")
+_FINISHED = ("VAEDecode", "Save", "Preview", "Reroute", "ImageSave")  # begin the names of nodes that leave a picture as it is
+_LATENTS = ("Empty", "VAEEncode", "Load", "Reroute", "SetLatentNoiseMask", "InpaintModelConditioning", "LatentUpscale", "ImageScale", "Image", "Mask")
 _LATENT = ("latent_image", "samples", "latent", "optional_latent")
 _CONDITIONING = ("conditioning", "conditioning_1", "conditioning_2", "conditioning_to", "conditioning_from", "positive")
 _WIDGETS = {  # names of the values that older workflows list without them; None is a button of the screen
@@ -42,6 +49,7 @@ def from_prompt(data: Mapping[str, Any]) -> Foreign | None:
     reader.read(sampler)
     if len(later) == 1 and reader.larger(sampler, later[0]):
         later = []
+    _afterwards(graph, found)
     for node in later:
         steps, denoise = (_value(graph, node["inputs"].get(name)) for name in ("steps", "denoise"))
         found.note(f"a later pass of {node.get('class_type')} ({steps} steps, denoise {denoise}) was not taken over: this is the first pass")
@@ -106,12 +114,41 @@ def _upstream(graph: Graph, start: list[str], names: tuple[str, ...] | None = No
         todo.extend(_links(graph[key], names))
 
 
+def _ends(graph: Graph) -> list[str]:
+    """The nodes that feed none, those that save before the rest."""
+    fed = {key for node in graph.values() for key in _links(node)}
+    return sorted((key for key in graph if key not in fed), key=lambda key: "Save" not in str(graph[key].get("class_type")))
+
+
+def _afterwards(graph: Graph, found: Found) -> None:
+    """Notes on what stands between the last sampler and the picture that was saved."""
+    for end in _ends(graph):
+        todo, seen, between, sampled = [end], set(), [], False
+        for key in todo:  # grows while it is walked
+            node = graph.get(key)
+            if node is None or key in seen:
+                continue
+            seen.add(key)
+            if _is_sampler(node):
+                sampled = True
+                continue
+            between.append(node)
+            todo += _links(node, _PICTURES)
+        if not sampled:
+            continue
+        for node in between:
+            kind = str(node.get("class_type"))
+            if not kind.startswith(_FINISHED) and {*_links(node, _PICTURES)}:
+                found.note(f"the node {kind} changes the finished picture, which has no equivalent here")
+            vae = next((graph[key] for key in _links(node, ("vae",)) if key in graph), None)
+            if vae is not None and isinstance(name := _value(graph, vae["inputs"].get("vae_name")), str):
+                found.note(f"VAE {base_name(name)!r} was used: where it is not the model's own, load it beside the model (vae=)")
+        return
+
+
 def _first_sampler(graph: Graph) -> tuple[Node | None, list[Node]]:
     """The sampler that worked first on the way to the saved picture, and those after it, last one first."""
-    fed = {key for node in graph.values() for key in _links(node)}
-    ends = [key for key in graph if key not in fed]
-    ends.sort(key=lambda key: "Save" not in str(graph[key].get("class_type")))
-    for end in ends:
+    for end in _ends(graph):
         last = next((node for node in _upstream(graph, [end]) if _is_sampler(node)), None)
         if last is not None:
             chain = [last, *(n for n in _upstream(graph, list(_links(last, _LATENT)), (*_LATENT, "pixels", "image", "images", "upscaled"))
@@ -158,7 +195,7 @@ class _Reader:
     def read(self, sampler: Node) -> None:
         """Everything that hangs on the sampler."""
         found, guider = self.found, self.behind(sampler, "guider") or sampler
-        sigmas = self.behind(sampler, "sigmas")
+        sigmas = self.levels(sampler)
         noise = self.behind(sampler, "noise") or sampler
         chosen = self.behind(sampler, "sampler")
         own = "" if chosen is None else str(chosen.get("class_type")).removeprefix("Sampler")
@@ -171,6 +208,10 @@ class _Reader:
         if self.said(noise, "variation_strength") and found.take("variation_strength", self.said(noise, "variation_strength"), number):
             found.take("variation_seed", self.said(noise, "variation_seed"), whole)
             found.note("its noise was varied by a node's own rule, here by A1111's: the picture is near, not the same")
+        if self.said(sampler, "add_noise") == "disable" or str(noise.get("class_type")) == "DisableNoise":
+            found.note("no noise was added before it sampled, which has no equivalent here")
+        if guider is not sampler and str(guider.get("class_type")) not in _GUIDERS:
+            found.note(f"the guider {guider.get('class_type')} has no equivalent here")
         self.texts(guider)
         cfg = self.said(guider, "cfg") if "cfg" in guider["inputs"] else 1.0
         if "guidance_scale" not in found.fields:  # else a node of the conditioning set what the model has built in
@@ -180,6 +221,19 @@ class _Reader:
         self.latent(sampler, self.said(sampler, "denoise") if "denoise" in sampler["inputs"] else self.said(sigmas, "denoise"), steps)
         self.model(guider if "model" in guider["inputs"] else sampler)
 
+    def levels(self, sampler: Node) -> Node | None:
+        """The node that lays the levels, with notes on those that change them afterwards and on ends of its own."""
+        node = self.behind(sampler, "sigmas")
+        for _ in range(64):
+            if node is None or "sigmas" not in node["inputs"]:
+                break
+            self.found.note(f"the node {node.get('class_type')} changes the noise levels, which has no equivalent here")
+            node = self.behind(node, "sigmas")
+        for name, usual in _ENDS.items():
+            if (said := self.said(node, name)) not in (None, usual):
+                self.found.note(f"{name} {said} of the noise levels has no equivalent here")
+        return node
+
     def texts(self, guider: Node) -> None:
         """Both texts, and what else works on them."""
         for side, prefix in (("positive", ""), ("negative", "negative_")):
@@ -188,7 +242,7 @@ class _Reader:
             if start is None:
                 continue
             nodes = self.conditioning(start, side)
-            told = [node for node in nodes if any(key in node["inputs"] for key in ("text", "text_g", "clip_l", "t5xxl", "prompt", "string"))]
+            told = [node for node in nodes if _TEXTS & {*node["inputs"]}]
             if any("ZeroOut" in str(node.get("class_type")) for node in nodes):
                 continue
             if told:
@@ -213,7 +267,9 @@ class _Reader:
             elif "pixels" in inputs and "mask" in inputs:
                 self.found.need("image", "it was made from a picture, which the file does not hold: give it as image")
                 self.found.need("mask", "it was made with a mask, which the file does not hold: give it as mask")
-            elif any(word in kind for word in ("SetArea", "SetMask", "TimestepRange", "unCLIP", "Average", "StyleModel")):
+            elif "pixels" in inputs:
+                self.found.need("reference", "it looked at a picture, which the file does not hold: give it as reference")
+            elif not (_TEXTS & {*inputs} or "guidance" in inputs or kind in _CONDITIONERS):
                 self.found.note(f"the node {kind} has no equivalent here")
         return nodes
 
@@ -237,6 +293,10 @@ class _Reader:
         """Size, and the picture that it started from."""
         found = self.found
         nodes = list(_upstream(self.graph, list(_links(sampler, _LATENT)), (*_LATENT, "pixels", "image", "mask")))
+        for node in nodes:
+            kind = str(node.get("class_type"))
+            if {"samples", "latent"} & {*node["inputs"]} and not kind.startswith(_LATENTS) and not _is_sampler(node):
+                found.note(f"the node {kind} changes the latents, which has no equivalent here")
         start = self.said(sampler, "start_at_step")
         if isinstance(start, int) and isinstance(steps, int) and 0 < start < steps:
             denoise = 1 - start / steps

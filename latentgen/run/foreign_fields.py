@@ -17,7 +17,7 @@ from latentgen.errors import RequestError
 from latentgen.run.request import Request
 
 _NETWORKS = re.compile(r"<(lora|lyco|hypernet):([^:<>]{1,200})(?::[^<>]{0,80})?>")
-DIALECTS = {"ComfyUI": "comfy", "diffusers": "plain", "InvokeAI": "plain"}  # how a program read its prompts; others as A1111
+DIALECTS = {"ComfyUI": "comfy", "SwarmUI": "comfy", "diffusers": "plain", "InvokeAI": "plain"}  # how a program read its prompts; others as A1111
 SAMPLER_OPTIONS = "sampler_options"  # the field for what only some samplers take
 
 
