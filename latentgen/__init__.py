@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentgen.models.card import cards
+    from latentgen.models.clip import clip_guidance
     from latentgen.models.inspect import Report, inspect
     from latentgen.run.pipeline import Pipeline, load
     from latentgen.run.plan import Plan
@@ -30,7 +31,7 @@ _HOMES = {
     "read_recipe": "latentgen.run.recipe:read_recipe", "Recipe": "latentgen.run.recipe:Recipe",
     "resume": "latentgen.run.resume:resume", "read_state": "latentgen.run.state:read_state", "State": "latentgen.run.state:State",
     "Replayed": "latentgen.run.replay:Replayed",
-    "inspect": "latentgen.models.inspect:inspect", "Report": "latentgen.models.inspect:Report",
+    "clip_guidance": "latentgen.models.clip:clip_guidance", "inspect": "latentgen.models.inspect:inspect", "Report": "latentgen.models.inspect:Report",
     **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
 }
 __all__ = [*_HOMES, "__version__"]

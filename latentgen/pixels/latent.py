@@ -148,15 +148,30 @@ def decode(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, tile: int | None = 
     module = getattr(vae, "decoder", vae)
 
     def whole(raw: Tensor) -> Tensor:
-        pixels = vae.decode(_cast(raw, module)).sample if call is None else call(vae, _cast(raw, module))
-        _check_shape(pixels, (len(raw), 3, raw.shape[2] * spec.factor, raw.shape[3] * spec.factor), "decoder")
-        return pixels.float()
+        return _decoded(vae, raw, spec, call)
 
     raw = spec.to_raw(z.float())
     tiled = partial(_tiled, whole, unit=1, scale=spec.factor, tiles=_tiles(tile, overlap, spec))
     pixels = _wrapped(tiled, raw, unit=1, scale=spec.factor, axes=wrap)
     _check_finite(pixels, z, module, what="decoder", given="latent")
     return pixels
+
+
+def rendered(vae: Autoencoder, z: Tensor, spec: LatentSpec, *, call: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
+    """As `decode`, of the whole picture at once and with gradients, for what judges pixels: native latents (B, c, h, w) to (B, 3, H, W)."""
+    return _decoded(vae, spec.to_raw(z.float()), spec, call)
+
+
+def _decoded(vae: Autoencoder, raw: Tensor, spec: LatentSpec, call: Callable[[Any, Tensor], Tensor] | None) -> Tensor:
+    module = getattr(vae, "decoder", vae)
+    pixels = vae.decode(_cast(raw, module)).sample if call is None else call(vae, _cast(raw, module))
+    _check_shape(pixels, (len(raw), 3, raw.shape[2] * spec.factor, raw.shape[3] * spec.factor), "decoder")
+    return pixels.float()
+
+
+def coloured(x0: Tensor, spec: LatentSpec) -> Tensor:
+    """What `preview` shows as a tensor (B, 3, h, w) in about [-1, 1], with gradients; the spec must have a preview matrix."""
+    return torch.einsum("bchw,cr->brhw", x0, torch.tensor(spec.rgb).to(x0)) + torch.tensor(spec.rgb_bias).to(x0)[:, None, None]
 
 
 def preview(x0: Tensor, spec: LatentSpec) -> list[Image.Image]:
@@ -172,9 +187,7 @@ def preview(x0: Tensor, spec: LatentSpec) -> list[Image.Image]:
         raise RequestError("this family has no preview matrix (rgb is None): decode the latent instead")
     if x0.ndim != 4 or x0.shape[1] != spec.channels:
         raise RequestError(f"the latent has shape {tuple(x0.shape)}: expected (B, {spec.channels}, h, w)")
-    z = x0.detach().float().cpu()
-    colours = torch.einsum("bchw,cr->brhw", z, torch.tensor(spec.rgb)) + torch.tensor(spec.rgb_bias)[:, None, None]
-    return to_images(colours.nan_to_num(nan=-1.0).clamp(-1, 1))
+    return to_images(coloured(x0.detach().float().cpu(), spec).nan_to_num(nan=-1.0).clamp(-1, 1))
 
 
 def _cast(x: Tensor, module: Any) -> Tensor:

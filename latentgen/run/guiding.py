@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.diffusion.guidance.table import GUIDERS, filled
 from latentgen.errors import RequestError
+from latentgen.run.steering import SHOWN, seen_by
 
 if TYPE_CHECKING:
     from latentgen.diffusion.guidance.progress import Progress
@@ -46,7 +47,7 @@ def guidance_of(request: Request, family: Family, refuse: Callable[[str], None],
     """
     scale, cfg, off = _scales(request, family, refuse)
     pictured = family.guidance == "image" and bool(request.references)  # then the negative words count at 1, too
-    guiders = filled(request.guiders)
+    guiders = filled(({} if request.classifier is None else {"classifier": {}}) | (request.guiders or {}))
     if "cfg_pp" in guiders:
         own = "guidance_scale" if family.guidance in ("cfg", "image") else "true_cfg_scale"
         if getattr(request, own) not in (None, 1):
@@ -101,6 +102,9 @@ def _guiders(request: Request, family: Family, guiders: dict[str, dict[str, Any]
         guiders["cfg_zero"]["zero_steps"] = 0
     own = "weighs words and picture against each other" if pictured else "combines its two estimates by a rule of its own" if family.combine is not None else ""
     silent = not any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3))
+    if "classifier" in guiders and (problem := _classifier_problem(request, family, guiders["classifier"])):
+        refuse(problem)
+        del guiders["classifier"]
     problems = {
         name: f"{name} is given but {family.name} here {own}: leave {name} out" if own else
               f"{name} is given but {off}, or leave {name} out" if not pair else
@@ -109,6 +113,24 @@ def _guiders(request: Request, family: Family, guiders: dict[str, dict[str, Any]
     for problem in filter(None, problems.values()):
         refuse(problem)
     return {name: options for name, options in guiders.items() if not problems.get(name)}
+
+
+def _classifier_problem(request: Request, family: Family, options: dict[str, Any]) -> str:
+    """What keeps the classifier from acting, "" where nothing does."""
+    judge, said = request.classifier, (request.guiders or {}).get("classifier", {}).get("through")
+    if judge is None:
+        return "classifier is given as a guider but none is there: pass it, as in classifier=latentgen.clip_guidance(...), or leave the guider out"
+    if seen_by(judge) not in SHOWN:
+        return f"the classifier says that it is of {seen_by(judge)!r:.40}: expected {', '.join(SHOWN[:-1])} or {SHOWN[-1]}"
+    if seen_by(judge) != "pixels" and said is not None:
+        return f"classifier's through is {said!r} but this classifier is shown latents, not pixels: leave through out"
+    if seen_by(judge) == "pixels" and family.latent.rgb is None:
+        if said == "preview":
+            return f"classifier's through is 'preview' but {family.name} here has no preview matrix: use through='decoder'"
+        options["through"] = "decoder"
+    if seen_by(judge) != "pixels":
+        del options["through"]
+    return ""
 
 
 def idle(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, inside: Callable[[Level], bool]) -> list[str]:

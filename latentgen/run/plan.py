@@ -194,6 +194,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
                    for level, here in zip(asked, inside, strict=True))
 
     total, skipped = request.steps or defaults.steps, full.index(levels[0])
+    if "classifier" in guiders:
+        notes.append("a classifier leads it, which no file holds: to make it again, give the same one")
     notes += idle(guiders, Progress(levels, first=skipped, total=total), lambda level: low <= family.path.find(level.half_log_snr) <= high)
     grid = grid_of(request, family, (width, height), later=False, refuse=refuse, notes=notes)
     first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid, source=source)

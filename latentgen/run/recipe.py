@@ -21,6 +21,7 @@ from latentgen.pixels.save import PARAMETERS, read_metadata
 from latentgen.run.foreign import Foreign, read_foreign
 from latentgen.run.parameters import write_parameters
 from latentgen.run.request import PROMPTS, Request
+from latentgen.run.steering import digest_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
 
 KEY = "latentgen"
-PICTURES = ("image", "mask", "reference", "latents")  # fields of a request that no file carries: a recipe knows their hashes
+PICTURES = ("image", "mask", "reference", "latents", "classifier")  # fields of a request that no file carries: a recipe knows their hashes
 WHOLE = ("cells", "grid", "film", "pixels_sha256")  # what a sheet's or film's recipe says of the whole
 PLACES = ("styles", "styles_file", "wildcards")  # where words came from: a recipe has the words
 ALWAYS = ("prompt", "negative_prompt", "batch")  # said even where they are as they would be anyway
@@ -107,6 +108,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
         "guidance_rescale": plan.guidance_rescale, "guidance_interval": list(plan.guidance_interval), **_seeds(plan),
         **{name: value for name, value in plan.options.items() if name in Request.model_fields}}
     recipe |= {"guiders": {name: dict(options) for name, options in plan.guiders.items()}} if plan.guiders else {}
+    recipe |= {"classifier_sha256": digest_of(request.classifier)} if "classifier" in plan.guiders else {}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
     recipe |= {"approximate": {name: dict(options) for name, options in plan.approximate.items()}} if plan.approximate else {}
     recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in

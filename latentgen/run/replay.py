@@ -83,7 +83,7 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
     for cell in cells:
         plans.append(pipe.plan(cell.request(**given)))
         nows.append(make_recipe(plans[-1], pipe.checkpoint.digest, plans[-1].notes))
-    sources = tuple(f"{name} is not the picture that it was made from" for name in recipe.needs
+    sources = tuple(f"{name} is not the {'one' if name == 'classifier' else 'picture'} that it was made from" for name in recipe.needs
                     if nows[0].get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
     if sources:
         return Replayed(None, False, sources)

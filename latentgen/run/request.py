@@ -27,6 +27,7 @@ EXPECTED = {
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
     "guiders": "a guider's name, several in a list, or names with options, as {'apg': {'eta': 0.2}}",
+    "classifier": "something to call, as (x, level) -> log p of each picture",
     "sampler_options": "names with numbers or words, as {'s_churn': 10}",
     "approximate": "names of approximations, alone or with options, as 'deep_cache' or {'first_block': {'threshold': 0.1}}",
     "latents": "a tensor (batch, channels, height, width) of finite numbers, such as another result's .latents",
@@ -59,7 +60,7 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "hr_denoising_strength": "upscale_strength", "hires_strength": "upscale_strength", "tile_size": "tile", "tile_width": "tile", "tile_height": "tile",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
-    "guider": "guiders", "pag_scale": "guiders", "pag_applied_layers": "guiders", "skip_guidance_layers": "guiders",
+    "guider": "guiders", "clip_guidance": "classifier", "cond_fn": "classifier", "pag_scale": "guiders", "pag_applied_layers": "guiders", "skip_guidance_layers": "guiders",
     "skip_layer_guidance_scale": "guiders", "apg_momentum": "guiders", "apg_eta": "guiders", "use_cfg_zero_star": "guiders", "thresholding": "guiders",
     "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend", "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
     "cache": "approximate", "cache_config": "approximate", "first_block_cache": "approximate", "teacache": "approximate", "taylorseer": "approximate",
@@ -80,6 +81,8 @@ class Request(BaseModel):
         guidance_scale: classifier-free guidance; 1 is off (Ho and Salimans 2022).
         guidance_rescale: 0 to 1 (Lin et al. 2023). guidance_interval: part of the path, 0 clean to 1 noise (Kynkaanniemi et al. 2024).
         guiders: what acts beside the plain rule of guidance (`latentgen guiders` lists them): "apg", ["apg", "slg"] or {"apg": {"eta": 0.2}}.
+        classifier: (x, level) -> log p(y | x), (B,), differentiable, for the guider of that name (Dhariwal and Nichol 2021). x is noisy latents (B, c, h, w);
+            with an attribute `of` = "x0" the clean estimate, "pixels" what that looks like, (B, 3, H, W) in [-1, 1]. See `latentgen.clip_guidance`.
         sampler_options: what the sampler takes beside (`latentgen samplers NAME` lists it), as {"s_churn": 10}.
         eta: noise of the DDIM sampler and the ancestral ones, 0 to 1. shift: shift of the levels (1 is none).
         seed: picture i of a batch uses seed + i, or a list says each; None draws one and reports it.
@@ -132,6 +135,7 @@ class Request(BaseModel):
     guidance_rescale: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     guidance_interval: tuple[float, float] | None = None
     guiders: dict[str, dict[str, Any]] | None = None
+    classifier: Any = None
     sampler: str | None = Field(None, min_length=1)
     spacing: str | None = Field(None, min_length=1)
     sampler_options: dict[str, float | int | str] | None = None
@@ -241,6 +245,13 @@ class Request(BaseModel):
     @classmethod
     def _guiders(cls, value: Any) -> Any:
         return None if value is None else spread(value)
+
+    @field_validator("classifier", mode="before")
+    @classmethod
+    def _classifier(cls, value: Any) -> Any:
+        if value is not None and not callable(value):
+            raise ValueError("not callable")
+        return value
 
     @field_validator(*PAIRS, mode="before")
     @classmethod

@@ -43,6 +43,7 @@ from latentgen.run.residency import Residency
 from latentgen.run.result import Result
 from latentgen.run.shortcuts import approximate, exact
 from latentgen.run.sizing import source_pixels
+from latentgen.run.steering import steered
 from latentgen.run.words import Script, Speaker
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class Work:
         """The network with all that is wrapped around it; `scripts` are what its windows hear."""
         plan = self.plan
         layers = {name: options["layers"] for name, options in plan.guiders.items() if "layers" in options}
+        progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
 
         @cache
         def quick(script: Script, guider: str = "") -> tuple[Modules, Asked]:
@@ -181,10 +183,10 @@ class Work:
             """One window's, with what remembers the steps before for itself."""
             nets, asked = quick(script)
             nets = approximate(nets, asked, plan=plan, shape=one.seen, notes=self.savings)
-            progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
             return worded(self.family, self.network(nets, asked), plan, script, progress=progress, weaker={name: self.network(*quick(script, name)) for name in layers})
 
-        denoise = thresholded(one.grid.tiled([window(script) for script in scripts], device=eps.device), plan.guiders)
+        denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)
+        denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=progress, residency=self.residency), plan.guiders)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise

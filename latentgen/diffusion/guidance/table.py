@@ -69,7 +69,8 @@ GUIDERS: dict[str, GuiderInfo] = {
         {"scale": Option("how far away", 0, 100), "layers": LAYERS, "start": START, "end": END}, {"scale": 2.8, "layers": "middle", "start": 0.01, "end": 0.2}, 1),
     "classifier": GuiderInfo(
         "up the slope of a classifier that is given as classifier=", "Dhariwal & Nichol 2021", "slope",
-        {"scale": Option("1 is Bayes' rule", 0, 1e6), "start": START, "end": END}, {"scale": 1.0, "start": 0.0, "end": 1.0}),
+        {"scale": Option("1 is Bayes' rule", 0, 1e6), "through": Option("how x0 becomes the pixels that CLIP sees", choices=("preview", "decoder")),
+         "start": START, "end": END}, {"scale": 1.0, "through": "preview", "start": 0.0, "end": 1.0}),
     "static_threshold": GuiderInfo("x0 is clamped", "Saharia et al. 2022 (Imagen)", "threshold", {"limit": LIMIT}, {"limit": 4.0}),
     "dynamic_threshold": GuiderInfo(
         "x0 is clamped at its own percentile and shrunk", "Saharia et al. 2022 (Imagen)", "threshold", {"percentile": PERCENTILE, "limit": LIMIT},
