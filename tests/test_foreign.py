@@ -232,6 +232,11 @@ def test_comfyui_conditioning() -> None:
     combined = graph(i3={"positive": ["12", 0]}, n12=node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["13", 0]),
                      n13=node("CLIPTextEncode", text="two", clip=["4", 1]))
     noted(fields(from_prompt(combined), **BASE), "2 positive texts are combined")
+    mean = node("ConditioningAverage", conditioning_to=["13", 0], conditioning_from=["6", 0], conditioning_to_strength=0.3)
+    averaged = {"n12": mean, "n13": node("CLIPTextEncode", text="a wolf", clip=["4", 1])}
+    between = from_prompt(graph(i3={"positive": ["12", 0]}, **averaged))
+    noted(fields(between, **BASE, blend_prompt="a wolf", blend=0.3), "here they are along the sphere")
+    noted(fields(from_prompt(graph(i3={"negative": ["12", 0]}, **averaged)), **BASE | {"negative_prompt": "a wolf"}), "ConditioningAverage has no equivalent")
     zero = graph(i3={"negative": ["12", 0]}, n12=node("ConditioningZeroOut", conditioning=["6", 0]))
     assert "negative_prompt" not in from_prompt(zero).fields  # type: ignore[union-attr]
     two = graph(n6=node("CLIPTextEncodeTwo", text_g="general", text_l="a fox", clip=["11", 0], width=1024, height=768, crop_w=8, crop_h=4,

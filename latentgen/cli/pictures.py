@@ -20,6 +20,8 @@ from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, 
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
     from latentgen.run.pipeline import Run
     from latentgen.run.plan import Plan
     from latentgen.run.result import Result
@@ -138,10 +140,15 @@ def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality
             typer.echo(f"note: {note}", err=True)
     _report(result, files, quiet=quiet, as_json=as_json)
     if show:
-        from latentgen.terminal import show as show_picture
+        show_in_terminal(result.image if len(result) == 1 else result.grid())
 
-        if not show_picture(result.image if len(result) == 1 else result.grid()):
-            typer.echo("note: this terminal shows no pictures (it needs kitty's or iTerm2's protocol, or COLORTERM=truecolor)", err=True)
+
+def show_in_terminal(image: Picture) -> None:
+    """Draw a picture where the cursor is, or say why not."""
+    from latentgen.terminal import show as show_picture
+
+    if not show_picture(image):
+        typer.echo("note: this terminal shows no pictures (it needs kitty's or iTerm2's protocol, or COLORTERM=truecolor)", err=True)
 
 
 def _check_order(prompt: str, image: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from latentgen.cli.meter import Meter
 from latentgen.cli.options import MACHINE, OUTPUT, SAMPLING, SIDES, SIZE, SOURCE, STRENGTH, TOLD, WORDS, opened, takes
-from latentgen.cli.pictures import Prompt, check_output, free_name, given, slug
+from latentgen.cli.pictures import Prompt, check_output, free_name, given, show_in_terminal, slug
 from latentgen.errors import OutputError, RequestError
 
 EXAMPLES = {"grid": 'Example:  latentgen grid "a red heart" --x guidance_scale=1,4,8 --y sampler=euler,dpmpp_2m -o sheet.png',
@@ -65,9 +65,7 @@ def grid(prompt: Prompt, x: X, y: Y = None, cell: Cell = None, **said: Any) -> N
             typer.echo(f"note: {note}", err=True)
     typer.echo(str(path) if quiet else f"{path}  {str(done).splitlines()[0]}")
     if show:
-        from latentgen.terminal import show as show_picture
-
-        show_picture(done.image)
+        show_in_terminal(done.image)
 
 
 @takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE)

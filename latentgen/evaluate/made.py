@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIMINGS = "latentgen-timings"
-FREE = ("versions", "notes")  # of a recipe: they do not decide the picture
 
 
 @dataclass(frozen=True)
@@ -44,35 +43,27 @@ def make(pipe: Pipeline, folder: Path, wanted: Sequence[Mapping[str, Any]], *, p
 
 
 def _one(pipe: Pipeline, path: Path, options: dict[str, Any]) -> Made:
-    from latentgen.run.recipe import KEY, make_recipe, metadata
+    from latentgen.run.recipe import make_recipe, metadata
+    from latentgen.run.series import kept_picture
 
     prompt = options.pop("prompt")
     plan = pipe.plan(prompt, **options)
-    recipe = json.loads(metadata(make_recipe(plan, pipe.checkpoint.digest, plan.notes), plan.seeds[0])[KEY])
-    kept = _kept(path)
-    if kept is not None and _deciding(kept[0]) == _deciding(recipe):
-        with Image.open(path) as image:
-            return Made(image.convert("RGB"), prompt, kept[1])
+    image, timings = kept_picture(path, make_recipe(plan, pipe.checkpoint.digest, plan.notes)), _timings(path)
+    if image is not None and timings is not None:
+        return Made(image, prompt, timings)
     result = pipe.stream(plan).result
-    words = {**metadata(result.recipe, plan.seeds[0]), TIMINGS: json.dumps(dict(result.timings))}
+    words = {**metadata(result.recipe, plan.seeds[0], result.image), TIMINGS: json.dumps(dict(result.timings))}
     save_image(result.image, path, metadata=words)
     return Made(result.image, prompt, result.timings)
 
 
-def _kept(path: Path) -> tuple[dict[str, Any], dict[str, float]] | None:
-    """Recipe and timings of a file from an earlier run, None if there is none that can be read."""
-    from latentgen.run.recipe import KEY
-
+def _timings(path: Path) -> dict[str, float] | None:
+    """Of a file from an earlier run, None if there are none that can be read."""
     try:
-        words = read_metadata(path)
-        recipe, timings = json.loads(words[KEY]), json.loads(words[TIMINGS])
+        timings = json.loads(read_metadata(path)[TIMINGS])
     except (ImageError, KeyError, ValueError):
         return None
-    return (recipe, timings) if isinstance(recipe, dict) and isinstance(timings, dict) else None
-
-
-def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in recipe.items() if k not in FREE}
+    return timings if isinstance(timings, dict) else None
 
 
 def bar(things: Iterable[T], label: str, shown: bool | None) -> Iterable[T]:

@@ -245,6 +245,8 @@ class _Reader:
             told = [node for node in nodes if _TEXTS & {*node["inputs"]}]
             if any("ZeroOut" in str(node.get("class_type")) for node in nodes):
                 continue
+            if self.average(nodes, prefix):
+                continue
             if told:
                 self.text(told[0], prefix)
             if told[1:]:
@@ -269,9 +271,23 @@ class _Reader:
                 self.found.need("mask", "it was made with a mask, which the file does not hold: give it as mask")
             elif "pixels" in inputs:
                 self.found.need("reference", "it looked at a picture, which the file does not hold: give it as reference")
-            elif not (_TEXTS & {*inputs} or "guidance" in inputs or kind in _CONDITIONERS):
+            elif not (_TEXTS & {*inputs} or "guidance" in inputs or "conditioning_to_strength" in inputs or kind in _CONDITIONERS):
                 self.found.note(f"the node {kind} has no equivalent here")
         return nodes
+
+    def average(self, nodes: list[Node], prefix: str) -> bool:
+        """A mean of two texts as a blend; False, with a note where there is a mean, if it is not of two plain ones."""
+        means = [node for node in nodes if "conditioning_to_strength" in node["inputs"]]
+        ends = [self.behind(means[0], name) for name in ("conditioning_from", "conditioning_to")] if means else []
+        texts = [self.said(end, "text") for end in ends]
+        if prefix or len(means) != 1 or not all(isinstance(text, str) for text in texts):
+            for node in means:
+                self.found.note(f"the node {node.get('class_type')} has no equivalent here")
+            return False
+        self.found.take_prompts(texts[0])
+        if self.found.take("blend", self.said(means[0], "conditioning_to_strength"), number) and self.found.take("blend_prompt", texts[1]):
+            self.found.note("its texts were mixed along the straight line, here they are along the sphere: the picture is near, not the same")
+        return True
 
     def text(self, node: Node, prefix: str) -> None:
         """The text of a node, or those of a node with one for each encoder."""
