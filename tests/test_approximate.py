@@ -14,7 +14,7 @@ from latentgen.errors import RequestError
 from latentgen.models.approximate.memory import Memory, Tally
 from latentgen.models.approximate.merge import matching
 from latentgen.models.approximate.stack import Foretold, block_names, distance, read_by_attention
-from latentgen.models.approximate.table import APPROXIMATIONS, Setting, approximated, approximation, clashes, kind_of, said
+from latentgen.models.approximate.table import APPROXIMATIONS, approximated, approximation, clashes, kind_of, said, saved
 from latentgen.models.asked import Asked
 from latentgen.models.family import Conditioning
 from latentgen.models.view import StandIn, view
@@ -92,10 +92,10 @@ def net_for(name):
 def test_asked_for_nothing_it_is_the_plain_network_bit_for_bit(name):
     net, asked = net_for(name), Asked()
     x, call = caller(net)
-    seen, told = approximated(net, {name: NOTHING[name]}, Setting(asked, (8, 8)))
+    seen = approximated(net, {name: NOTHING[name]}, asked, shape=(8, 8), tallies=(told := {}))
     for a, b in zip(run(seen, call, x, asked), run(net, call, x, Asked()), strict=True):
         assert torch.equal(a, b)
-    assert told[0]().startswith(f"{name}: 0 of ")
+    assert saved(told)[0].startswith(f"{name}: 0 of ")
 
 
 @pytest.mark.parametrize("name", APPROXIMATIONS)
@@ -106,14 +106,14 @@ def test_what_it_saves_is_saved_and_the_network_stays_as_it_was(name):
     counted = [net.get_submodule(n) for n in block_names(net)] or [net.mid_block, net.down_blocks[1]]
     calls = []
     hooks = [module.register_forward_hook(lambda *_: calls.append(1)) for module in counted]
-    seen, told = approximated(net, {name: SOME[name]}, Setting(asked, (8, 8)))
+    seen = approximated(net, {name: SOME[name]}, asked, shape=(8, 8), tallies=(told := {}))
     found = run(seen, call, x, asked)
     for hook in hooks:
         hook.remove()
-    saved, whole = (int(word) for word in told[0]().split() if word.isdigit())
-    assert 0 < saved < whole
+    left, whole = (int(word) for word in saved(told)[0].split() if word.isdigit())
+    assert 0 < left < whole
     if APPROXIMATIONS[name].group == "stack":
-        assert (len(calls), whole) == (whole - saved, len(TIMES) * len(counted))
+        assert (len(calls), whole) == (whole - left, len(TIMES) * len(counted))
     elif name == "deep_cache":
         assert len(calls) == len(TIMES)  # two modules, every other call
     assert 0 < near_exact(found, plain) < 0.7
@@ -130,13 +130,13 @@ def test_first_block_cache_is_that_of_diffusers(make, threshold):
     net, theirs, asked = make(), make(), Asked()
     x, call = caller(net)
     apply_first_block_cache(theirs, FirstBlockCacheConfig(threshold=threshold))
-    seen, told = approximated(net, {"first_block": {"threshold": threshold}}, Setting(asked, (8, 8)))
+    seen = approximated(net, {"first_block": {"threshold": threshold}}, asked, shape=(8, 8), tallies=(told := {}))
     found = run(seen, call, x, asked, pace=0.1)
     _set_cache_context(theirs, CacheContext("cond"))
     expected = run(theirs, call, x, Asked(), pace=0.1)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert threshold < 0.1 or ": 0 of" not in told[0]()
+    assert threshold < 0.1 or ": 0 of" not in saved(told)[0]
 
 
 def test_the_cache_of_each_side_is_its_own():
@@ -144,7 +144,7 @@ def test_the_cache_of_each_side_is_its_own():
     net, asked = flux(), Asked()
     x, call = caller(net)
     other = Conditioning(torch.zeros(1, 2, 2))
-    seen, _ = approximated(net, {"first_block": {"threshold": 0.3}}, Setting(asked, (8, 8)))
+    seen = approximated(net, {"first_block": {"threshold": 0.3}}, asked, shape=(8, 8), tallies={})
     mixed = {c: [] for c in (WORDS, other)}
     for n, time in enumerate(TIMES):
         for c, scale in ((WORDS, 1.0), (other, -2.0)):
@@ -152,7 +152,7 @@ def test_the_cache_of_each_side_is_its_own():
             mixed[c].append(call(seen, time, scale * x * (1 + 0.02 * n)))
     for c, scale in ((WORDS, 1.0), (other, -2.0)):
         own = Asked()
-        alone, _ = approximated(net, {"first_block": {"threshold": 0.3}}, Setting(own, (8, 8)))
+        alone = approximated(net, {"first_block": {"threshold": 0.3}}, own, shape=(8, 8), tallies={})
         for a, b in zip(mixed[c], run(alone, call, scale * x, own, words=(c,)), strict=True):
             assert torch.equal(a, b)
 
@@ -182,7 +182,7 @@ def test_the_cache_like_teacache_leaves_out_until_the_drift_is_reached():
 
     run(view(net, lambda name, module: Watched(module) if name == "transformer_blocks.0" else None), call, x, Asked())
     hook = net.transformer_blocks[1].register_forward_hook(lambda *_: calls.append(asked.level.time))
-    seen, _ = approximated(net, {"tea_cache": {"threshold": threshold}}, Setting(asked, (8, 8)))
+    seen = approximated(net, {"tea_cache": {"threshold": threshold}}, asked, shape=(8, 8), tallies={})
     run(seen, call, x, asked)
     hook.remove()
     expected, drift = [TIMES[0]], 0.0
@@ -235,7 +235,7 @@ def test_deepcache_spelt_out(layers):
     """The U-Net's own steps written out, its deep features kept from the full call before."""
     net, asked = unet(), Asked()
     x, call = caller(net)
-    seen, _ = approximated(net, {"deep_cache": {"interval": 2, "layers": layers}}, Setting(asked, (8, 8)))
+    seen = approximated(net, {"deep_cache": {"interval": 2, "layers": layers}}, asked, shape=(8, 8), tallies={})
     found = run(seen, call, x, asked)
     risen = {}
     top = net.up_blocks[-1]
@@ -283,22 +283,22 @@ def test_token_merging_reads_fewer_tokens_only_where_the_grid_is_large():
     x, call = caller(net)
     lengths = []
     hook = net.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(lambda m, args, out: lengths.append(args[0].shape[1]))
-    seen, _ = approximated(net, {"token_merging": {"ratio": 0.5}}, Setting(asked, (8, 8)))
+    seen = approximated(net, {"token_merging": {"ratio": 0.5}}, asked, shape=(8, 8), tallies={})
     run(seen, call, x, asked, times=TIMES[:1])
     hook.remove()
     assert lengths == [32]
-    odd, _ = approximated(net, {"token_merging": {"ratio": 0.5}}, Setting(asked, (64, 1)))  # no grid of 2x2
+    odd = approximated(net, {"token_merging": {"ratio": 0.5}}, asked, shape=(64, 1), tallies={})  # no grid of 2x2
     assert torch.equal(run(odd, call, x, asked, times=TIMES[:1])[0], run(net, call, x, Asked(), times=TIMES[:1])[0])
 
 
 def test_a_picture_is_approximated_as_in_a_batch_of_one_where_nothing_adapts():
     net, asked = unet(), Asked()
     x, call = caller(net, rows=2)
-    seen, _ = approximated(net, {"deep_cache": {"interval": 2}, "token_merging": {}}, Setting(asked, (8, 8)))
+    seen = approximated(net, {"deep_cache": {"interval": 2}, "token_merging": {}}, asked, shape=(8, 8), tallies={})
     both = run(seen, call, x, asked)
     for n in range(2):
         own = Asked()
-        alone, _ = approximated(net, {"deep_cache": {"interval": 2}, "token_merging": {}}, Setting(own, (8, 8)))
+        alone = approximated(net, {"deep_cache": {"interval": 2}, "token_merging": {}}, own, shape=(8, 8), tallies={})
         _, single = caller(net, rows=2)
         found = run(alone, lambda m, t, y, n=n: single(m, t, y.expand(2, -1, -1, -1))[n:n + 1], x[n:n + 1], own)
         for a, b in zip(both, found, strict=True):

@@ -102,12 +102,12 @@ def test_a1111_edits_second_passes_and_what_is_not_here() -> None:
     assert "upscale" not in bent.fields and "strength" not in bent.fields
     noted(bent, "a second pass at a larger size (Hires resize: 1024x768, Hires upscaler: Latent, Denoising strength: 0.7) was not taken over")
     odd = settings_line('Steps: 20, Sampler: My Sampler, Schedule type: Zigzag, CFG scale: 700, Seed: -1, Size: 4x99999, '
-                        'Clip skip: one, Token merging ratio: 0.5, '
+                        'Clip skip: one, Token merging ratio hr: 0.5, '
                         'ControlNet 0: "Module: canny, Model: control_canny [e3fe], Weight: 1.0", Variation seed: 7, Variation seed strength: 2')
     assert set(odd.fields) == {"prompt", "steps"}
     noted(odd, "sampler 'My Sampler'", "schedule 'Zigzag'", "CFG scale '700' was not taken over", "Seed '-1'", "Size '4'", "Size '99999'",
           "Clip skip 'one'",
-          "Token merging ratio: 0.5", "ControlNet 0: Module: canny, Model: control_canny [e3fe], Weight: 1.0", "Variation seed strength '2'")
+          "Token merging ratio hr: 0.5", "ControlNet 0: Module: canny, Model: control_canny [e3fe], Weight: 1.0", "Variation seed strength '2'")
 
 
 TEXT = {"class_type": "CLIPTextEncode", "inputs": {"text": "a fox", "clip": ["11", 0]}, "_meta": {"title": "CLIP Text Encode (Prompt)"}}
@@ -415,3 +415,12 @@ def test_anything_may_stand_anywhere(value: Any, seed: int, which: int) -> None:
 def test_prompts_are_read_as_the_program_read_them(tool: str, dialect: str) -> None:
     found = Foreign(tool, {"prompt": "a (cat:1.2)"})
     assert found.request().dialect == dialect and found.request(dialect="plain").dialect == "plain"
+
+
+def test_token_merging_of_a1111_and_comfyui() -> None:
+    found = settings_line("Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Token merging ratio: 0.5, Version: v1.9.4")
+    assert found.fields["approximate"] == {"token_merging": {"ratio": 0.5}} and not any("merging" in note for note in found.notes)
+    most = settings_line("Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512, Token merging ratio: 0.9, Version: v1.9.4")
+    assert most.fields["approximate"] == {"token_merging": {"ratio": 0.75}}
+    ours = write_parameters({"prompt": "a fox", "steps": 20, "approximate": {"token_merging": {"ratio": 0.5, "deepest": 1}}})
+    assert "Token merging ratio: 0.5" in ours

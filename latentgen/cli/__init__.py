@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from latentgen.cli import guiders, inspecting, pictures, replaying, reports, samplers, series, training
+from latentgen.cli import approximating, guiders, inspecting, pictures, replaying, reports, samplers, series, training
 from latentgen.errors import LatentgenError, ModelError, OutputError, RequestError
 
 EXIT_CODES = ((RequestError, 2), (ModelError, 3), (OutputError, 4), (LatentgenError, 1))  # ImageError is a RequestError
@@ -76,6 +76,8 @@ app.command(rich_help_panel=MODELS, epilog=reports.EXAMPLES["models"])(reports.m
 app.command(rich_help_panel=MODELS, epilog=inspecting.EXAMPLES["inspect"])(inspecting.inspect)
 app.command(rich_help_panel=MODELS, epilog=samplers.EXAMPLES["samplers"])(samplers.samplers)
 app.command(rich_help_panel=MODELS, epilog=guiders.EXAMPLES["guiders"])(guiders.guiders)
+app.command(rich_help_panel=MODELS, epilog=approximating.EXAMPLES["approximations"])(approximating.approximations)
+app.command(rich_help_panel=MODELS, epilog=approximating.EXAMPLES["tune"])(approximating.tune)
 app.add_typer(training.app, name="train", rich_help_panel=MAKING)
 app.command("eval", rich_help_panel=MAKING, epilog=reports.EXAMPLES["eval"])(reports.evaluate)
 app.command(rich_help_panel=MAKING, epilog=reports.EXAMPLES["bench"])(reports.bench)

@@ -139,6 +139,8 @@ SAMPLING: Group = (
             "Guide only in this part of the path, 0 (clean) to 1 (noise). Default: all of it.", metavar="LOW HIGH"),
     _option(_S, "guiders", list[str] | None, "--guider", "One of those that `latentgen guiders` lists, alone or as apg:eta=0.2,momentum=0; may be said several times.",
             metavar="NAME[:OPTION=VALUE,...]"),
+    _option(_S, "approximate", list[str] | None, "--approximate", "What to leave out for speed: one of those that `latentgen approximations` lists, alone or "
+            "as first_block:threshold=0.1; may be said several times. none: nothing, whatever --tuned says.", metavar="NAME[:OPTION=VALUE,...]"),
     _option(_S, "strict", bool, "--strict/--no-strict", "Whether an option that the model cannot honour is an error, or only a note.", default=True),
 )
 
@@ -151,6 +153,7 @@ MACHINE: Group = (
     _option(_M, "allow_pickle", bool, "--allow-pickle", "Read .ckpt, .bin and .pt files, too: their tensors alone. Only of makers whom you trust.", default=False),
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
+    _option(_M, "tuned", bool, "--tuned", "Take the approximations that `latentgen tune` found for this model here; the notes say which.", default=False),
     _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).",
             default="resident", metavar="NAME"),
 )
@@ -171,7 +174,7 @@ def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
         if not (name.isidentifier() and path):
             raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
         parts[name] = path
-    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config", "allow_pickle")}
+    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config", "allow_pickle", "tuned")}
     return load(said.pop("model"), progress=progress, **machine, **parts)
 
 

@@ -163,7 +163,16 @@ def given(said: dict[str, Any]) -> dict[str, Any]:
         given["sampler_options"] = dict(_valued(text, f"--sampler-option is {text!r}: expected NAME=VALUE, as s_churn=10") for text in given["sampler_options"])
     if "guiders" in given:
         given["guiders"] = [_guider(text) for text in given["guiders"]]
+    if "approximate" in given:
+        given["approximate"] = {} if given["approximate"] == ["none"] else [_approximation(text) for text in given["approximate"]]
     return given
+
+
+def _approximation(text: str) -> dict[str, dict[str, Any]]:
+    """"first_block:threshold=0.1" as Python has it."""
+    name, _, said = text.partition(":")
+    return {name: dict(_valued(one, f"--approximate is {text!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, as first_block:threshold=0.1")
+                       for one in said.split(",") if said)}
 
 
 def _seeds(name: str, said: list[str]) -> int | list[int]:

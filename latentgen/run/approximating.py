@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, approximation, clashes, kind_of
+from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, approximation, clashes, filled, kind_of
 
 if TYPE_CHECKING:
     from latentgen.models.family import Family
@@ -23,13 +23,14 @@ def approximations_of(request: Request, family: Family, refuse: Callable[[str], 
     for name, options in said.items():
         approximation(name).check(name, options)
     kinds = {kind_of(part.cls) for part in family.parts if "denoiser" in part.stages}
-    made = {}
-    for name, info in APPROXIMATIONS.items():
-        if name in said and info.kind in kinds:
-            made[name] = {**info.defaults, **said[name]}
-        elif name in said:
+    fit = {}
+    for name in said:
+        info = APPROXIMATIONS[name]
+        if info.kind in kinds:
+            fit[name] = said[name]
+        else:
             others = ", ".join(other for other, each in APPROXIMATIONS.items() if each.kind in kinds)
             refuse(f"{name} is given but works on {KINDS[info.kind]}, which {family.name} is not: use one of {others}, or leave it out")
-    if (both := clashes(made)) is not None:
+    if (both := clashes(fit)) is not None:
         raise RequestError(f"{both[0]} and {both[1]} both decide which blocks are left out: give one of them")
-    return made
+    return filled(fit)

@@ -13,7 +13,7 @@ from typing import Any
 
 from latentgen.pixels.save import PARAMETERS
 from latentgen.run.foreign_comfy import from_prompt, from_workflow
-from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
+from latentgen.run.foreign_fields import Foreign, Found, base_name, merging, number, whole
 from latentgen.run.foreign_hires import hires
 from latentgen.run.foreign_invoke import from_dream, from_invoke, from_old_invoke
 from latentgen.run.foreign_rest import rest
@@ -24,7 +24,7 @@ from latentgen.run.request import ALIASES, Request
 _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, so that a later one may correct an earlier one
     "Steps": ("steps", whole), "CFG scale": ("guidance_scale", number), "Image CFG scale": ("image_guidance_scale", number),
     "Clip skip": ("clip_skip", whole), "Eta": ("eta", number), "Eta DDIM": ("eta", number), "Shift": ("shift", number),
-    "CFG Rescale phi": ("guidance_rescale", number), "CFG rescale": ("guidance_rescale", number),
+    "Token merging ratio": ("approximate", merging), "CFG Rescale phi": ("guidance_rescale", number), "CFG rescale": ("guidance_rescale", number),
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
          "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength", "Tile"}

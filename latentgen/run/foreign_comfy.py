@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
+from latentgen.run.foreign_fields import Foreign, Found, base_name, merging, number, whole
 from latentgen.run.foreign_hires import same_factor, take_upscaler
 
 Node = Mapping[str, Any]
@@ -370,6 +370,8 @@ class _Reader:
                 found.take("shift", self.said(one, "shift"), number)
             elif str(one.get("class_type")) == "RescaleCFG":
                 found.take("guidance_rescale", self.said(one, "multiplier"), number)
+            elif str(one.get("class_type")) == "TomePatchModel":
+                found.take("approximate", self.said(one, "ratio"), merging)
             elif not found.model and (name := self.said(one, "ckpt_name", "unet_name", "model_name")):
                 found.model = base_name(name)
             elif "model" in inputs and one.get("class_type") != "Reroute":

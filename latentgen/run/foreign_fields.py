@@ -187,6 +187,16 @@ def number(value: Any) -> float:
     return float(value)
 
 
+def merging(value: Any) -> dict[str, dict[str, float]] | None:
+    """A ratio of token merging as `approximate` has it; above 0.75 there is nothing left to merge.
+
+    Raises:
+        ValueError: no number.
+    """
+    ratio = min(number(value), 0.75)
+    return {"token_merging": {"ratio": ratio}} if ratio > 0 else None
+
+
 def base_name(name: Any) -> str:
     """The last part of a path of any system: what may be shown."""
     return re.split(r"[\\/]", str(name))[-1][:120]

@@ -61,6 +61,7 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Seed resize from": f"{recipe['seed_width']}x{recipe['seed_height']}" if "seed_width" in recipe else None,
         "Denoising strength": recipe.get("upscale_strength") if second else recipe.get("strength"), **(_hires(recipe) if second else {}),
         "Tile": recipe.get("tile"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
+        "Token merging ratio": recipe.get("approximate", {}).get("token_merging", {}).get("ratio"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
     said |= _script(recipe.get("grid")) | _template(recipe)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,7 @@ OnStep = Callable[[Step], None]
 
 
 def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None,
-         card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, **parts: str | Path) -> Pipeline:
+         card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, tuned: bool = False, **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -52,10 +54,11 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
+        tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
-        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype or residency.
+        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype or residency, or tuned without a finding.
     """
     if residency not in POLICIES:
         raise RequestError(f"residency is {residency!r}: expected one of {', '.join(map(repr, POLICIES))}")
@@ -63,7 +66,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
-    return Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, progress=progress)
+    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, progress=progress)
+    return made.tuned() if tuned else made
 
 
 class Pipeline:
@@ -89,6 +93,19 @@ class Pipeline:
     def __repr__(self) -> str:
         m = self._machine
         return f"<Pipeline {m.model}: {m.dtype} on {m.device}, {m.residency}, {sum(m.weights.values()) / 1e6:.0f} MB of weights>"
+
+    def tuned(self) -> Pipeline:
+        """This pipeline with the approximations that `latentgen tune` found for it on this machine, wherever a request says none.
+
+        Raises:
+            RequestError: nothing was found yet.
+        """
+        from latentgen.run.tuned import read_tuned, tuned_key
+
+        machine = self._machine
+        other = copy(self)  # weights and memory are shared
+        other._machine = replace(machine, tuned=read_tuned(tuned_key(self.checkpoint.digest, machine.device, machine.dtype), machine.model))
+        return other
 
     def txt2img(self, prompt: str, *, on_step: OnStep | None = None, **options: Any) -> Result:
         """Words to pictures.
@@ -199,7 +216,8 @@ class Pipeline:
         if not isinstance(request, Plan):
             return self.plan(request, **options)
         _alone("a finished plan", options)
-        if Machine(request.model, request.device, request.dtype, request.residency, request.weights, self._machine.notes) != self._machine:
+        own = self._machine
+        if (request.model, request.device, request.dtype, request.residency, request.weights) != (own.model, own.device, own.dtype, own.residency, own.weights):
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return request
 

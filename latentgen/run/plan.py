@@ -16,7 +16,7 @@ from latentgen.diffusion.guidance.table import weaker
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import APPROXIMATIONS, said
+from latentgen.models.approximate.table import APPROXIMATIONS, filled, said
 from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of
 from latentgen.run.guiding import guidance_of, idle
@@ -25,6 +25,7 @@ from latentgen.run.passes import Pass, grid_of, second_pass
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import open_references, sized
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
+from latentgen.run.tuned import Tuned
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
@@ -144,6 +145,7 @@ class Machine:
     """What the pipeline was loaded with, as far as planning needs it; `notes` are what its files did not tell.
 
     layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError; see `latentgen.models.weaken.chosen`.
+    tuned: what requests do that say no approximation of their own.
     """
 
     model: str
@@ -153,6 +155,7 @@ class Machine:
     weights: Mapping[str, int]
     notes: tuple[str, ...] = ()
     layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
+    tuned: Tuned | None = None
 
 
 def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
@@ -201,6 +204,9 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid, source=source)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     approximate = approximations_of(request, family, refuse)
+    if machine.tuned is not None and request.approximate is None:
+        approximate = filled(machine.tuned.approximate)
+        notes.append(str(machine.tuned))
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(

@@ -110,7 +110,8 @@ class Request(BaseModel):
         denoising_end: stop where this share of the noise path is done and leave the rest to another model; its `latents` and the same number as
             `denoising_start` go on from there.
         latents: (batch, c, h, w), the start of a run with denoising_start.
-        approximate: what is left out for speed, never by default: "deep_cache", a list, or {"first_block": {"threshold": 0.1}} (docs/approximate.md).
+        approximate: what is left out for speed, never by default: "deep_cache", a list, or {"first_block": {"threshold": 0.1}} (docs/approximate.md);
+            {} for nothing, where a pipeline was loaded with tuned=True.
         upscale: 1.05 to 4, a second pass at this many times the size: what the first one made is enlarged, noised and denoised once more.
         upscaler: how it is enlarged: "latent" (in latent space, linearly), "latent_bicubic", "latent_nearest", "lanczos" or "nearest" (decoded, as a
             picture, and encoded again). upscale_strength: share of the levels that the second pass runs, above 0 to 1. upscale_steps: how many levels
@@ -265,7 +266,7 @@ class Request(BaseModel):
     @field_validator("approximate", mode="before")
     @classmethod
     def _approximations(cls, value: Any) -> Any:
-        return None if value is None else spread(value)
+        return value if value in (None, {}) else spread(value)
 
     @field_validator("latents", mode="before")
     @classmethod

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from latentgen.diffusion.sample import asked as levels_asked
-from latentgen.models.approximate.table import Setting, approximated
+from latentgen.models.approximate.memory import Tally
+from latentgen.models.approximate.table import approximated
 from latentgen.models.asked import Asked
 from latentgen.models.family import Family, Modules
 from latentgen.models.modulation import Key, modulated
@@ -29,18 +30,9 @@ def exact(family: Family, modules: Modules, asked: Asked, *, plan: Plan, one: Pa
     return {name: shared(modulated(net, asked, _calls(family, modules, name, plan, one, script, device)), asked) for name, net in modules.items()}
 
 
-def approximate(modules: Modules, asked: Asked, *, plan: Plan, shape: tuple[int, int], notes: list[Callable[[], str]]) -> Modules:
-    """The networks of a run with the approximations of its plan.
-
-    Args:
-        shape: (h, w) of the latent.
-        notes: is given a function for each approximation that tells, when the run is over, what it saved.
-    """
-    made = {}
-    for name, net in modules.items():
-        made[name], told = approximated(net, plan.approximate, Setting(asked, shape))
-        notes += told
-    return made
+def approximate(modules: Modules, asked: Asked, *, plan: Plan, shape: tuple[int, int], tallies: dict[str, Tally]) -> Modules:
+    """The networks of a run with the approximations of its plan; shape: (h, w) of the latent that they see; tallies: of the run."""
+    return {name: approximated(net, plan.approximate, asked, shape=shape, tallies=tallies) for name, net in modules.items()}
 
 
 def _calls(family: Family, modules: Modules, name: str, plan: Plan, one: Pass, script: Script,

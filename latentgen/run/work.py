@@ -24,6 +24,8 @@ from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.diffusion.tiles import Window
 from latentgen.errors import NotFiniteError
+from latentgen.models.approximate.memory import Tally
+from latentgen.models.approximate.table import saved
 from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Family, Modules, Scene
@@ -59,7 +61,7 @@ class Work:
         memo: texts and pictures that were encoded before, by value; shared by all runs of a pipeline.
         heard: wraps what a family predicts with, for each call of the network that makes the picture.
         notes: the plan's, and what this run adjusts.
-        savings: what its approximations say that they saved, once it is over.
+        savings: what its approximations have saved.
     """
 
     family: Family
@@ -69,7 +71,7 @@ class Work:
     plan: Plan
     heard: Callable[[Predict], Predict] = lambda predict: predict
     notes: list[str] = field(default_factory=list)
-    savings: list[Callable[[], str]] = field(default_factory=list)
+    savings: dict[str, Tally] = field(default_factory=dict)
 
     def steps(self) -> Generator[Step, None, Result]:
         """The one path of every task and pass; a new feature is a wrapper around the denoiser, not a branch here."""
@@ -96,7 +98,7 @@ class Work:
             del modules, denoise, step  # with what their views hold
             self.check_finite(x)
             done += one.steps
-        self.notes.extend(dict.fromkeys(saved() for saved in self.savings))
+        self.notes.extend(saved(self.savings))
         timings["sample"], phase = _since(phase)
         images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
         timings["decode"], _ = _since(phase)
@@ -182,7 +184,7 @@ class Work:
         def window(script: Script) -> Denoiser:
             """One window's, with what remembers the steps before for itself."""
             nets, asked = quick(script)
-            nets = approximate(nets, asked, plan=plan, shape=one.seen, notes=self.savings)
+            nets = approximate(nets, asked, plan=plan, shape=one.seen, tallies=self.savings)
             return worded(self.family, self.network(nets, asked), plan, script, progress=progress, weaker={name: self.network(*quick(script, name)) for name in layers})
 
         denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)

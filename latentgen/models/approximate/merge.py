@@ -81,7 +81,9 @@ def merged(net: nn.Module, tally: Tally, *, shape: tuple[int, int], ratio: float
     Args:
         shape: (h, w) of the latent.
         ratio: share of the tokens that is merged, 0 to 0.75.
-        deepest: merge where the grid is at most this much smaller than the latent: 1, 2, 4 or 8.
+        deepest: merge where the grid is at most this much smaller than the largest that has attention: 1, 2, 4 or 8.
         tally: counts tokens that self-attention reads, and those that it does not.
     """
+    first = next((n for n, block in enumerate(net.down_blocks) if getattr(block, "attentions", None) is not None), 0)
+    deepest *= 2**first  # each block before it halves the grid
     return view(net, lambda name, module: _Merged(module, shape, ratio, deepest, tally) if name.endswith(".attn1") else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -25,7 +25,7 @@ class Setting:
 
     asked: Asked
     shape: tuple[int, int]
-    tally: Tally = field(default_factory=Tally)
+    tally: Tally
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ APPROXIMATIONS: dict[str, Approximation] = {
     "token_merging": Approximation(
         _token_merging, "self-attention reads tokens that are alike as one", "Bolya and Hoffman 2023 (ToMe for SD)", "unet",
         "tokens of self-attention", "tokens", {"ratio": Option("share of the tokens that is merged; 0 merges none", 0, 0.75),
-                                               "deepest": Option("merge where the grid is at most so much smaller than the latent", 1, 8, whole=True)}),
+                                               "deepest": Option("merge where the grid is at most so much smaller than the largest that has attention", 1, 8, whole=True)}),
 }
 Chosen = Mapping[str, Mapping[str, Any]]
 
@@ -121,19 +121,28 @@ def approximation(name: str) -> Approximation:
     return APPROXIMATIONS[name]
 
 
-def approximated(net: nn.Module, chosen: Chosen, setting: Setting) -> tuple[nn.Module, list[Callable[[], str]]]:
-    """A view of a network with approximations, in the order of the table, and for each a sentence about what it has saved so far."""
-    told = []
+def approximated(net: nn.Module, chosen: Chosen, asked: Asked, *, shape: tuple[int, int], tallies: dict[str, Tally]) -> nn.Module:
+    """A view of a network with approximations, in the order of the table.
+
+    Args:
+        asked: is told of each call. shape: (h, w) of the latent.
+        tallies: name -> where it counts what it saves, filled in where it is missing; a run has one of each name, whatever it makes views of.
+    """
     for name, info in APPROXIMATIONS.items():
         if name in chosen:
-            own = replace(setting, tally=Tally())
-            net = info.apply(net, own, **chosen[name])
-            told.append(_saved(name, info, own.tally))
-    return net, told
+            net = info.apply(net, Setting(asked, shape, tallies.setdefault(name, Tally())), **chosen[name])
+    return net
 
 
-def _saved(name: str, info: Approximation, tally: Tally) -> Callable[[], str]:
-    return lambda: f"{name}: {tally.saved} of {tally.asked} {info.counts} were " + ("merged away" if info.group == "tokens" else "reused")
+def saved(tallies: Mapping[str, Tally]) -> list[str]:
+    """A sentence about what each approximation has saved so far."""
+    return [f"{name}: {tally.saved} of {tally.asked} {(info := APPROXIMATIONS[name]).counts} were " + ("merged away" if info.group == "tokens" else "reused")
+            for name, tally in tallies.items()]
+
+
+def filled(chosen: Chosen) -> dict[str, dict[str, Any]]:
+    """What was chosen, in the order of the table, with every option."""
+    return {name: {**info.defaults, **chosen[name]} for name, info in APPROXIMATIONS.items() if name in chosen}
 
 
 def said(chosen: Chosen) -> str:
