@@ -183,16 +183,16 @@ def test_a_weight_is_not_taken_for_another_by_the_memo(pipe: Any) -> None:
     assert len({*first}) == 4 and first == [bytes_of(pipe, prompt) for prompt in ("a (cat:1.5)", "a (cat:0.5)", "a cat", "(a:1.5) cat")]
 
 
-def heard(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor, Tensor]]:
-    """(reader, states before, states after) of all that `encode` weighs from now on, by the pipeline's own rule."""
+def heard(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """(reader, states before, states after, the empty prompt's where they are known) of all that `encode` weighs from now on, by the pipeline's own rule."""
     import latentgen.conditioning.weighting as rules
 
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    seen: list[tuple[str, Tensor, Tensor, Tensor | None]] = []
     real = rules.Weighing.__call__
 
     def watched(self: Any, reader: str, states: Tensor) -> Tensor:
         made = real(self, reader, states)
-        seen.append((reader, states, made))
+        seen.append((reader, states, made, self.empty.get(reader)))
         return made
 
     monkeypatch.setattr(rules.Weighing, "__call__", watched)
@@ -211,16 +211,21 @@ def test_every_family_weighs_all_that_its_network_reads(kind: str, readers: list
     plain = pipe.txt2img("a red heart", **said).latents
     seen = heard(pipe, monkeypatch)
     result = pipe.txt2img("a (red:1.5) heart", **said)
-    assert [reader for reader, _, _ in seen] == readers and not torch.equal(result.latents, plain)
-    for reader, before, after in seen:
+    assert [reader for reader, *_ in seen] == readers and not torch.equal(result.latents, plain)
+    for reader, before, after, _ in seen:
         weights = torch.tensor(result.plan.prompt.chunks[reader].weights)
         assert (weights == 1.5).any() and torch.equal(after, weighted(before, weights, "a1111")) and not torch.equal(before, after)
     assert [note for note in result.notes if "weights say nothing" in note] == [
         f"weights say nothing to {reader}, whose pooled vector alone is used" for reader in deaf]
     again = pipe.txt2img("a (red:1.5) heart", **said)  # from the memo, with the note
     assert torch.equal(again.latents, result.latents) and again.notes == result.notes
+    seen.clear()
     other = pipe.txt2img("a (red:1.5) heart", dialect="comfy", **said)
-    assert bool(torch.isfinite(other.latents).all()) and not torch.equal(other.latents, plain)
+    assert bool(torch.isfinite(other.latents).all()) and not torch.equal(other.latents, plain) and [reader for reader, *_ in seen] == readers
+    for reader, before, after, empty in seen:  # ComfyUI's rule: away from the empty prompt, token by token
+        weights = torch.tensor(other.plan.prompt.chunks[reader].weights)[..., None]
+        assert empty is not None and not torch.equal(empty, before)
+        torch.testing.assert_close(after, torch.where(weights == 1, before, (before - empty) * weights + empty), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, said", [("sd15-instruct", {}), ("sdxl", {}), ("flux1", {"true_cfg_scale": 3.0}), ("qwenimage", {})])
