@@ -67,3 +67,9 @@ MIDDLING: dict[str, Callable[[], Tiny]] = {
     "pixart": lambda: _grown("pixart", transformer=_transformer("PixArtTransformer2DModel", "pixart", attention_head_dim=64, num_attention_heads=16, cross_attention_dim=1024,
                                                                 sample_size=128)),
 }
+
+
+def DEEP() -> Tiny:  # noqa: N802 - a maker, as those above
+    """Half a gigabyte of weights in ten blocks."""
+    return _grown("flux1", vae_width=8, transformer=_transformer("FluxTransformer2DModel", "flux1", attention_head_dim=64, num_attention_heads=14,
+                                                                 axes_dims_rope=(16, 24, 24), num_layers=2, num_single_layers=8))

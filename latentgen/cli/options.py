@@ -154,7 +154,7 @@ MACHINE: Group = (
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
     _option(_M, "tuned", bool, "--tuned", "Take the approximations that `latentgen tune` found for this model here; the notes say which.", default=False),
-    _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs (slower, smaller).",
+    _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs, stream and disk only one block of it.",
             default="resident", metavar="NAME"),
 )
 

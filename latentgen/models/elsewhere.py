@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from latentgen.models.streamed import filled
 
 
 class Elsewhere(nn.Module):
@@ -29,8 +30,9 @@ class Elsewhere(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's answer, computed where its first argument is."""
-        weights = {name: self.ready(name, tensor).to(args[0].device) for name, tensor in self.stored.items()}
-        answer = functional_call(self.shell[0], weights, args, kwargs)
+        places = dict(self.shell[0].named_parameters()) | dict(self.shell[0].named_buffers())
+        weights = {id(places[name]): self.ready(name, tensor).to(args[0].device) for name, tensor in self.stored.items()}
+        answer = filled(self.shell[0], weights)(*args, **kwargs)  # a copy of its own: another thread may ask at the same time
         for tensor in self.stored.values():
             self.release(tensor)
         return answer

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from latentgen.models.streamed import Lane, Stored
+
 log = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
 OURS = ("attn_implementation", "experts_implementation", "return_dict", "output_attentions", "output_hidden_states")  # how a network runs is not its config's to say
@@ -141,16 +143,22 @@ def check_fit(source: Source, part: Part) -> None:
     _compare(_own_names(dequantised(shapes, torch.float32), source, part, module), module, source.label)
 
 
-def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
+def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable[[nn.Module], Collection[str]] | None = None,
+              lane: Lane | None = None, pinned: bool = False) -> nn.Module:
     """Build a part in eval mode, without gradients, on the CPU; its convolutions in channels-last.
 
     Args:
         leave: tells, of the module without numbers, the names of children whose weights stay in the file (see `models.elsewhere`).
+        lane: by which the weights of blocks come when they are called (see `models.streamed`), from the file, or from page-locked memory where
+            `pinned`; None has them all here.
+        lane: by which the weights of blocks come when they are called (see `models.streamed`), from the file, or from page-locked memory where
+            `pinned`; None has them all here.
 
     Raises:
         ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite.
     """
     from latentgen.models.convert import LazyTensors, dequantised
+    from latentgen.models.streamed import stream
 
     module = empty_module(source, part)
     keep = kept_precise(module, dtype)
@@ -158,19 +166,28 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
     tensors = _own_names(dequantised(stored, dtype), source, part, module)
     _compare(tensors, module, source.label)
     _leave(module, () if leave is None else leave(module), source, tensors, dtype=dtype, release=getattr(stored, "release", None))
-    ready, floating = {}, {name for name, t in module.state_dict().items() if t.is_floating_point()}
-    for name in list(tensors):
-        tensor = tensors.pop(name)
+    floating = {name for name, t in module.state_dict().items() if t.is_floating_point()}
+
+    def prepared(name: str, tensor: Tensor) -> Tensor:
         if name in floating and not tensor.is_floating_point():
             raise ModelError(f"the tensor {name!r} of {source.label} is stored as {tensor.dtype}: expected floating-point numbers, so get the file in another precision")
-        ready[name] = as_kept(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
+        return as_kept(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
+
+    release = getattr(stored, "release", None) or (lambda tensor: None)
+    apart = _apart(module, tensors, prepared, release, label=source.label, dtype=dtype, pinned=pinned) if lane is not None else []
+    ready = {f"{block.name}.{name}": prepared(f"{block.name}.{name}", _without_numbers(t)) for block in apart for name, t in block.tensors.items()}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        ready[name] = prepared(name, tensor)
         if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
             stored.release(tensor)  # or what was copied as it stands in the file would be in memory twice
-    _check_finite(ready, source.label, dtype)
+    _check_finite({name: t for name, t in ready.items() if not t.is_meta}, source.label, dtype)
     module.load_state_dict(ready, strict=True, assign=True)
     if isinstance(getattr(module, "_tied_weights_keys", None), Mapping):
         module.tie_weights()  # one parameter again, so that moving it does not make two
-    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    for block in apart:
+        stream(module, block, lane)
+    lost = [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in ready]
     if lost:
         raise ModelError(f"the buffer {lost[0]!r} of {source.label} is in no file: the checkpoint is incomplete")
     return module.eval().requires_grad_(False)
@@ -190,6 +207,32 @@ def _leave(module: nn.Module, names: Collection[str], source: Source, tensors: d
         own = {name.removeprefix(f"{child}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{child}.")}
         shell = module.get_submodule(child).eval().requires_grad_(False)
         module.set_submodule(child, Elsewhere(shell, own, ready=ready, release=release or (lambda tensor: None)))
+
+
+def _apart(module: nn.Module, tensors: dict[str, Tensor], prepared: Callable[[str, Tensor], Tensor], release: Callable[[Tensor], None], *, label: str,
+           dtype: torch.dtype, pinned: bool) -> list[Stored]:
+    """The blocks of a module without numbers, with their tensors taken out of `tensors`."""
+    from latentgen.models.streamed import LARGEST, Stored, blocks
+
+    found, checked = [], set()
+
+    def checking(name: str, tensor: Tensor) -> Tensor:
+        made = prepared(name, tensor)
+        if name not in checked:
+            _check_finite({name: made}, label, dtype)
+            checked.add(name)
+        return made
+
+    for block in blocks(module, largest=LARGEST * 4 // dtype.itemsize):  # whose parameters are float32 as they were made
+        own = {name.removeprefix(f"{block}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{block}.")}
+        found.append(Stored(block, own, lambda name, tensor, block=block: checking(f"{block}.{name}", tensor), release, pinned))
+    return found
+
+
+def _without_numbers(tensor: Tensor) -> Tensor:
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def kept_precise(module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:

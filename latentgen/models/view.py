@@ -21,24 +21,28 @@ def view(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None
         replace: (dotted name, module) -> what stands there in the view, or None for the same module (of which the children are then asked).
             It may change the shallow copy it is given, for that belongs to the view alone, and return it.
     """
-    made: dict[int, nn.Module] = {}  # a module that stands in two places stands in both places of the view
+    return _viewed("", module, replace, {})
 
-    def of(name: str, old: nn.Module) -> nn.Module:
-        if id(old) in made:
-            return made[id(old)]
-        own = copy.copy(old)
-        for table in ("_parameters", "_buffers", "_modules"):
-            setattr(own, table, dict(getattr(old, table)))
-        new = replace(name, own)
-        if new is None:
-            new = own
-            for key, child in own._modules.items():
-                if child is not None:
-                    own._modules[key] = of(f"{name}.{key}" if name else key, child)
-        made[id(old)] = new
-        return new
 
-    return of("", module)
+def _viewed(name: str, old: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None], made: dict[int, nn.Module]) -> nn.Module:
+    """A function of the file, for one inside `view` would call itself by a name that holds all it made: a view would not go with its last user.
+
+    Args:
+        made: id of a module -> what stands for it: a module that stands in two places stands in both places of the view.
+    """
+    if id(old) in made:
+        return made[id(old)]
+    own = copy.copy(old)
+    for table in ("_parameters", "_buffers", "_modules"):
+        setattr(own, table, dict(getattr(old, table)))
+    new = replace(name, own)
+    if new is None:
+        new = own
+        for key, child in own._modules.items():
+            if child is not None:
+                own._modules[key] = _viewed(f"{name}.{key}" if name else key, child, replace, made)
+    made[id(old)] = new
+    return new
 
 
 class StandIn(nn.Module):

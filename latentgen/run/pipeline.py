@@ -49,7 +49,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
             alone), a .gguf file, or a hub name ("org/name", fetched once and then kept to one commit); None where denoiser= is given.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         dtype: "auto", "float32", "bfloat16", "float16" of the networks; latents are always float32.
-        residency: "resident" keeps every part loaded, "stage" only the part that runs.
+        residency: "resident" keeps every part loaded, "stage" only the part that runs, "stream" and "disk" only the block that runs, from main
+            memory or from the file (docs/memory.md).
         progress: a bar on stderr; None shows one in a terminal or notebook only.
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.

@@ -1,12 +1,16 @@
 """Where modules are while a request runs. The only place that moves a module between devices or drops one; knows no request.
 
-Policies: "resident" keeps every part on the device once it was needed. "stage" has a part there only while its stage runs: on a GPU it waits
-in main memory, on a CPU it is read again from its memory-mapped file.
+Policies, from the fastest to the smallest:
+- "resident" keeps every part on the device once it was needed.
+- "stage" has a part there only while its stage runs: on a GPU it waits in main memory, on a CPU it is read again from its memory-mapped file.
+- "stream" brings the blocks of denoiser and text encoders one after the other, the next while one computes; they wait in main memory.
+- "disk" reads each block from its memory-mapped file and drops it. On a CPU, whose memory is main memory, "stream" is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -18,11 +22,15 @@ from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Part, Stage
 from latentgen.models.load import load_part
 from latentgen.models.modulation import modulation_names
+from latentgen.models.streamed import Lane, on_lane
 
 if TYPE_CHECKING:
     from torch import nn
 
-POLICIES = ("resident", "stage")
+POLICIES = ("resident", "stage", "stream", "disk")
+STREAMING = ("stream", "disk")
+STREAMED: tuple[Stage, ...] = ("text", "denoiser")  # stages whose parts are worth streaming
+Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks are streamed
 
 
 class Residency:
@@ -30,8 +38,8 @@ class Residency:
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident") -> None:
         self.checkpoint, self.device, self.dtype, self.policy = checkpoint, device, dtype, policy
-        self._here: dict[tuple[str, torch.dtype], nn.Module] = {}
-        self._users: dict[tuple[str, torch.dtype], int] = {}
+        self._here: dict[Key, nn.Module] = {}
+        self._users: dict[Key, int] = {}
         self._lock = Lock()
         self._checked = False
 
@@ -48,47 +56,71 @@ class Residency:
                 self._checked = True
 
     @contextmanager
-    def use(self, stage: Stage, *, dtype: torch.dtype | None = None) -> Iterator[dict[str, nn.Module]]:
-        """The modules of a stage, on the device, for as long as the block runs. Several threads may be in the same block."""
-        dtype = dtype or self.dtype
-        parts = [p for p in self.checkpoint.family.parts if stage in p.stages]
-        taken: list[Part] = []
+    def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None) -> Iterator[dict[str, nn.Module]]:
+        """The modules of a stage, on the device, for as long as the block runs. Several threads may be in the same block.
+
+        Args:
+            policy: another than the pipeline's own, for this once.
+        """
+        dtype, policy = dtype or self.dtype, policy or self.policy
+        parts = {p: (p.name, dtype, policy in STREAMING and stage in STREAMED) for p in self.checkpoint.family.parts if stage in p.stages}
+        if policy != "resident":
+            self._retire(policy, but=frozenset(parts.values()))
+        taken: list[Key] = []
         try:
             modules: dict[str, nn.Module] = {}
-            for part in parts:
-                modules[part.name] = self._take(part, dtype)
-                taken.append(part)
+            for part, key in parts.items():
+                modules[part.name] = self._take(part, key, policy)
+                taken.append(key)
             yield modules
         finally:
-            for part in taken:
-                self._release(part, dtype)
+            for key in taken:
+                self._release(key, policy)
 
-    def _take(self, part: Part, dtype: torch.dtype) -> nn.Module:
-        key = (part.name, dtype)
+    def _take(self, part: Part, key: Key, policy: str) -> nn.Module:
+        _, dtype, streamed = key
         with self._lock:
             if key not in self._here:
-                leave = None if self.policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
-                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave)
+                leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
+                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, lane=Lane(self.device) if streamed else None,
+                                            pinned=policy == "stream" and self.device.type == "cuda")
             if not self._users.get(key):
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1
-            return self._here[key]
+            return on_lane(self._here[key], Lane(self.device)) if streamed else self._here[key]
 
-    def _release(self, part: Part, dtype: torch.dtype) -> None:
-        key = (part.name, dtype)
+    def _release(self, key: Key, policy: str) -> None:
         with self._lock:
             self._users[key] -= 1
-            if self._users[key] or (self.policy == "resident" and dtype == self.dtype):
-                return
-            if self.device.type == "cpu" or dtype != self.dtype:  # a second copy in another dtype is never kept
+            if not self._users[key] and not (policy == "resident" and key[1] == self.dtype):
+                self._away(key, policy)
+
+    def _away(self, key: Key, policy: str) -> None:
+        """Off the device: into main memory where that is another, else dropped, for its file has it. A copy in another dtype is never kept."""
+        if self.device.type == "cpu" or key[1] != self.dtype or policy == "disk":
+            del self._here[key]
+        else:
+            self._here[key].to("cpu")
+
+    def _retire(self, policy: str, but: Collection[Key]) -> None:
+        """Take off the device what nobody uses and other policies left there."""
+        with self._lock:
+            for key in [key for key in self._here if not self._users.get(key) and key not in but]:
+                self._away(key, policy)
+
+    def clear(self) -> None:
+        """Drop what nobody uses, from all memory."""
+        with self._lock:
+            for key in [key for key in self._here if not self._users.get(key)]:
                 del self._here[key]
-            else:
-                self._here[key].to("cpu")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def resident_bytes(self) -> int:
         """Bytes of the weights held right now, on any device."""
         with self._lock:
-            return sum(p.numel() * p.element_size() for m in self._here.values() for p in m.parameters())
+            return sum(p.numel() * p.element_size() for m in self._here.values() for p in m.parameters() if not p.is_meta)
 
 
 def choose_device(name: str) -> torch.device:

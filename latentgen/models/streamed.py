@@ -1,0 +1,188 @@
+"""Blocks of a network whose weights come when they are called and go after: what runs a network that is larger than the memory.
+
+A block stays in its place, with its class, children and shapes; only its numbers are elsewhere (its parameters are on the meta device). A call fills
+a copy of the block's tree for itself, so that threads may call the same block. Knows modules and tensors; knows no family and no policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentgen.models.view import view
+
+LARGEST = 2**29  # bytes of a block that is read in one piece; larger ones are read by their children
+
+
+def blocks(module: nn.Module, *, largest: int = LARGEST) -> tuple[str, ...]:
+    """Names of the children that are worth reading one by one: members of lists, and where one of them is larger than `largest` bytes, its children.
+
+    What lies outside of lists (embeddings, the last norm and projection) is small or needed at once, and stays.
+    """
+    return tuple(_blocks(module, "", largest, within=False))
+
+
+def _blocks(module: nn.Module, name: str, largest: int, *, within: bool) -> Iterator[str]:
+    for key, child in module.named_children():
+        full, size = f"{name}.{key}" if name else key, weight_bytes(child)
+        if not size:
+            continue
+        callable_ = not isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        member = within or isinstance(module, nn.ModuleList)
+        if callable_ and member and (size <= largest or not any(weight_bytes(each) for each in child.children())):
+            yield full
+        else:
+            yield from _blocks(child, full, largest, within=member)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, on whatever device."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+@dataclass
+class Stored:
+    """The tensors of one block as they stand in their file or in main memory.
+
+    Attributes:
+        name: of the block.
+        tensors: its own names -> tensors as stored.
+        ready: (name, stored tensor) -> what the block computes with.
+        release: told of each stored tensor after use.
+        pinned: keep what `ready` made in page-locked memory, from where a GPU reads it while it computes.
+    """
+
+    name: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    ready: Callable[[str, Tensor], Tensor] = field(repr=False)
+    release: Callable[[Tensor], None] = field(repr=False)
+    pinned: bool = False
+    _kept: dict[str, Tensor] | None = field(default=None, repr=False)
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    def numbers(self) -> dict[str, Tensor]:
+        """What the block computes with, in main memory (memory-mapped where nothing of it had to be changed)."""
+        if not self.pinned:
+            return {name: self._made(name, tensor) for name, tensor in self.tensors.items()}
+        with self._lock:
+            if self._kept is None:
+                self._kept = {name: self._made(name, tensor).pin_memory() for name, tensor in self.tensors.items()}
+                self.done()
+            return self._kept
+
+    def _made(self, name: str, tensor: Tensor) -> Tensor:
+        made = self.ready(name, tensor)
+        if made.data_ptr() != tensor.data_ptr():
+            self.release(tensor)  # what was copied need not be there twice
+        return made
+
+    def done(self) -> None:
+        """The numbers are not needed for now."""
+        for tensor in self.tensors.values():
+            self.release(tensor)
+
+
+class Lane:
+    """The way of one run's blocks to a device, one after the other; on a GPU the next one comes, on a stream of its own, while this one computes.
+
+    Which block follows which is learnt in the first evaluation of the network.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._after: dict[int, Stored] = {}
+        self._last: Stored | None = None
+        self._ahead: dict[int, tuple[dict[str, Tensor], Any]] = {}
+
+    def take(self, stored: Stored) -> dict[str, Tensor]:
+        """A block's tensors on the device, by the block's own names."""
+        if self.side is None:
+            return {name: tensor.to(self.device) for name, tensor in stored.numbers().items()}
+        if self._last is not None:
+            self._after[id(self._last)] = stored
+        self._last = stored
+        tensors, sent = self._ahead.pop(id(stored), None) or self._send(stored)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(sent)
+        for tensor in tensors.values():
+            tensor.record_stream(now)
+        self._ahead.clear()
+        if (following := self._after.get(id(stored))) is not None and following is not stored:
+            self._ahead[id(following)] = self._send(following)
+        return tensors
+
+    def give(self, stored: Stored) -> None:
+        """The block has run."""
+        if not stored.pinned:
+            stored.done()
+
+    def _send(self, stored: Stored) -> tuple[dict[str, Tensor], Any]:
+        with torch.cuda.stream(self.side):
+            tensors = {name: torch.empty_like(t, device=self.device).copy_(t, non_blocking=True) for name, t in stored.numbers().items()}
+            return tensors, self.side.record_event()
+
+
+class Streamed(nn.Module):
+    """What a block becomes, together with its own class: a call brings its weights."""
+
+    stored: Stored
+    lane: Lane
+    places: Mapping[int, str]  # id of a parameter or buffer without numbers -> its name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's answer, bit for bit."""
+        tensors = self.lane.take(self.stored)
+        body = filled(self, {key: tensors[name] for key, name in self.places.items()})
+        body.__class__ = own = type(self).__mro__[2]  # of (the made class, Streamed, the block's own, ...)
+        answer = own.forward(body, *args, **kwargs)  # not by a call: whoever listens to this block hears it once
+        self.lane.give(self.stored)
+        return answer
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """There is nothing here that could be moved."""
+        return self
+
+
+def filled(module: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """A copy of the tree of modules with some tensors replaced: id of a parameter or buffer -> what stands there. Nothing of the original changes."""
+
+    def fill(_: str, own: nn.Module) -> None:
+        own._parameters = {key: _parameter(tensors[id(p)]) if id(p) in tensors else p for key, p in own._parameters.items()}
+        own._buffers = {key: tensors.get(id(b), b) for key, b in own._buffers.items()}
+
+    return view(module, fill)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def stream(module: nn.Module, stored: Stored, lane: Lane) -> None:
+    """Turn the child that `stored` names into a streamed block, in place; its parameters stay on the meta device."""
+    block = module.get_submodule(stored.name)
+    block.places = {id(t): name for name, t in (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
+                    if name in stored.tensors}
+    block.stored, block.lane = stored, lane
+    block.__class__ = _class(type(block))
+
+
+@lru_cache
+def _class(own: type) -> type:
+    return type(f"Streamed{own.__name__}", (Streamed, own), {})
+
+
+def on_lane(module: nn.Module, lane: Lane) -> nn.Module:
+    """A view of a network with streamed blocks whose weights come by this lane: for one run."""
+
+    def moved(_: str, own: nn.Module) -> None:
+        if isinstance(own, Streamed):
+            own.lane = lane
+
+    return view(module, moved)
