@@ -30,6 +30,17 @@ def swollen(folder: Path, target: Path, part: str, *, first: str, last: str) -> 
 # The pieces
 
 
+class Machine:
+    """What `once_more` asks of a residency."""
+
+    def __init__(self, dtype: torch.dtype, *, room: bool = True) -> None:
+        self.dtype, self._room = dtype, room
+
+    def room(self, stage: str, dtype: torch.dtype) -> bool:
+        assert (stage, dtype) == ("decoder", torch.float32)
+        return self._room
+
+
 def test_once_more() -> None:
     asked: list[torch.dtype] = []
 
@@ -39,10 +50,17 @@ def test_once_more() -> None:
             raise NotFiniteError("too large")
         return "fine"
 
-    assert once_more("it was made", compute, torch.float16) == ("fine", ("it was made once more in float32: too large",)) and asked == [torch.float16, torch.float32]
-    assert once_more("it was made", compute, torch.float32) == ("fine", ())
-    with pytest.raises(NotFiniteError, match="too large"):
-        once_more("it was made", lambda dtype: compute(torch.float16), torch.float32)
+    half: Any = Machine(torch.float16)
+    assert once_more("it was made", compute, half, "decoder") == ("fine", ("it was made once more in float32: too large",))
+    assert asked == [torch.float16, torch.float32]
+    whole: Any = Machine(torch.float32)
+    assert once_more("it was made", compute, whole, "decoder") == ("fine", ())
+    for machine in (whole, half):
+        with pytest.raises(NotFiniteError, match="^too large$"):
+            once_more("it was made", lambda dtype: compute(torch.float16), machine, "decoder")
+    full: Any = Machine(torch.float16, room=False)
+    with pytest.raises(NotFiniteError, match="too large; there is no room .* dtype='float32' or residency='stage'"):
+        once_more("it was made", compute, full, "decoder")
 
 
 def test_the_first_step_that_went_wrong_is_found() -> None:
@@ -151,3 +169,78 @@ def test_weights_that_half_precision_does_not_hold(tiny_folder: Path, tmp_path: 
     with pytest.raises(ModelError, match="conv_in.weight.*dtype='float32', for float16 holds no number above 65504"):
         fresh(folder, dtype="float16").txt2img("a cat", steps=1, seed=0)
     assert fresh(folder).txt2img("a cat", steps=1, seed=0).image.size == (64, 64)
+
+
+def overflowing(pipe: Any, *, after: int, cured: bool = True, row: int = 0) -> tuple[Any, list[torch.dtype]]:
+    """A pipeline whose network gives infinity from its call number `after` on, in half precision only where that is the cure."""
+    seen: list[torch.dtype] = []
+
+    def predict(modules: Any, x: torch.Tensor, level: Any, words: Any) -> torch.Tensor:
+        seen.append(next(iter(modules.values())).dtype)
+        answer = pipe.family.predict(modules, x, level, words)
+        if len(seen) > after and not (cured and seen[-1] == torch.float32):
+            answer[row, 0, 0, 0] = float("inf")
+        return answer
+
+    own = copy(pipe)
+    own.family = replace(pipe.family, predict=predict)
+    return own, seen
+
+
+@pytest.fixture(scope="module")
+def half(tiny_folder: Path) -> Any:
+    return fresh(tiny_folder, dtype="float16")
+
+
+@each("options", [{"sampler": "euler_ancestral"}, {"image": picture(), "mask": hole(64, 64), "sampler": "dpmpp_2m_sde"}], ids=str)
+def test_a_denoiser_that_overflows_is_run_once_more_in_float32(half, tiny_folder: Path, options: dict) -> None:
+    own, seen = overflowing(half, after=2)
+    run = own.stream("a cat", steps=4, seed=7, guidance_scale=1.0, **options)
+    steps = [step.index for step in run]
+    assert steps == [0, 1, 2, 3] * 2 and seen == [torch.float16] * 4 + [torch.float32] * 4
+    assert run.result.notes == ("all steps were run once more with the denoiser in float32: the denoiser gave NaN or infinity in float16, in step 3 of 4: "
+                                "run it in float32",) and run.result.recipe["notes"] == list(run.result.notes)
+    assert {dtype for _, dtype in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
+    # what it then does is what a float32 network does on words and pictures encoded in float16
+    words = fresh(tiny_folder).stream("a cat", steps=4, seed=7, guidance_scale=1.0, **options).result
+    torch.testing.assert_close(run.result.latents, words.latents, rtol=0, atol=0.05)
+
+
+def test_the_picture_that_went_wrong_is_named(half) -> None:
+    own, _ = overflowing(half, after=1)
+    made = own.txt2img("a cat", steps=2, seed=[7, 9], guidance_scale=1.0)  # on a CPU one picture a call: the second one of the first step
+    assert "in float16, in step 1 of 2 for picture 2 (seed 9): run it in float32" in made.notes[0]
+
+
+@each("dtype", ["float16", "float32"])
+def test_what_float32_does_not_cure_is_an_error_that_names_the_step(half, pipe, dtype: str) -> None:
+    own, _ = overflowing(half if dtype == "float16" else pipe, after=2, cured=False)
+    step = {"float16": "step 1 of 4", "float32": "step 3 of 4"}[dtype]  # run once more, it is wrong from the start
+    with pytest.raises(NotFiniteError, match=f"in float32, in {step}: check its weights and guidance_scale"):
+        own.txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
+
+
+def test_without_room_for_float32_the_cure_is_told(half, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, _ = overflowing(half, after=2)
+    monkeypatch.setattr(type(own.residency), "room", lambda self, stage, dtype: False)
+    with pytest.raises(NotFiniteError, match="in float16, in step 3 of 4.*no room for its weights.*dtype='float32'"):
+        own.txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
+    monkeypatch.undo()
+    assert half.residency.room("denoiser", torch.float32)
+
+
+def test_an_interrupted_second_try_goes_on(half, tmp_path: Path) -> None:
+    whole = overflowing(half, after=2)[0].txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
+    run = overflowing(half, after=2)[0].stream("a cat", steps=4, seed=7, guidance_scale=1.0, save_state=tmp_path / "a.state", save_every=1)
+    for _ in range(6):
+        next(run)
+    run.close()
+    same(half.resume(tmp_path / "a.state"), whole)
+    assert half.resume(tmp_path / "a.state").notes == whole.notes
+
+
+def test_weights_that_make_half_precision_overflow(tiny_folder: Path, tmp_path: Path) -> None:
+    """Nothing injected: a network whose first layer gives more than float16 holds."""
+    own = fresh(swollen(tiny_folder, tmp_path / "swollen", "unet", first="conv_in.weight", last="conv_out.weight"), dtype="float16")
+    made = own.txt2img("a cat", steps=2, seed=0)
+    assert any("in float16, in step 1 of 2: run it in float32" in note for note in made.notes) and bool(torch.isfinite(made.latents).all())

@@ -225,10 +225,10 @@ class Pipeline:
     def _started(self, plan: Plan, keeper: Keeper | None = None) -> Run:
         if keeper is None:
             work = Work(self.family, self.checkpoint, self.residency, self._memo, plan)
-            return Run(self, work, work.steps())
+            return Run(self, work, work.guarded())
         work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, keeper.record.heard)
         keeper.record.note = work.notes.append
-        return Run(self, work, keeper.steps(work.steps()), done=keeper.done)
+        return Run(self, work, keeper.steps(work.guarded()), done=keeper.done)
 
     def _run(self, task: str, on_step: OnStep | None, *, save_state: str | Path | None = None, save_every: int | None = None, **said: Any) -> Result:
         request = _as_request(said.pop("prompt"), said)

@@ -117,6 +117,18 @@ class Residency:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def room(self, stage: Stage, dtype: torch.dtype) -> bool:
+        """Whether the weights of a stage fit once more in that dtype beside what is there: of a GPU, whose memory is told; elsewhere it is tried."""
+        if self.device.type != "cuda":
+            return True
+        stored = torch.finfo(self.dtype).bits // 8
+        with self._lock:
+            here = {name: sum(p.numel() for p in module.parameters()) for (name, own), module in self._here.items() if own == self.dtype}
+        parts = [part for part in self.checkpoint.family.parts if stage in part.stages]
+        numbers = sum(here.get(part.name) or self.checkpoint.sources[part.name].weight_bytes(part) // stored for part in parts)
+        spare = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return numbers * torch.finfo(dtype).bits // 8 <= torch.cuda.mem_get_info(self.device)[0] + spare
+
     def resident_bytes(self) -> int:
         """Bytes of the weights held right now, on any device."""
         with self._lock:

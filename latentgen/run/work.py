@@ -23,7 +23,6 @@ from latentgen.diffusion.level import Denoiser, noised, start
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
 from latentgen.diffusion.tiles import Window
-from latentgen.errors import NotFiniteError
 from latentgen.models.approximate.memory import Tally
 from latentgen.models.approximate.table import saved
 from latentgen.models.asked import Asked
@@ -35,7 +34,7 @@ from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.mask import paste_back
 from latentgen.pixels.upscale import UPSCALERS, larger_latents, larger_pixels
 from latentgen.run.denoising import network, worded
-from latentgen.run.guard import even, flat, named, once_more, pictures_named
+from latentgen.run.guard import DenoiserError, Watch, check_room, even, flat, named, once_more, pictures_named
 from latentgen.run.guiding import OPTIONS
 from latentgen.run.memo import Memo
 from latentgen.run.passes import Pass
@@ -62,6 +61,7 @@ class Work:
         heard: wraps what a family predicts with, for each call of the network that makes the picture.
         notes: the plan's, and what this run adjusts.
         savings: what its approximations have saved.
+        precision: of the denoiser, where it is not that of the pipeline.
     """
 
     family: Family
@@ -72,6 +72,24 @@ class Work:
     heard: Callable[[Predict], Predict] = lambda predict: predict
     notes: list[str] = field(default_factory=list)
     savings: dict[str, Tally] = field(default_factory=dict)
+    precision: torch.dtype | None = None
+
+    @property
+    def precise(self) -> torch.dtype:
+        """In what the denoiser computes."""
+        return self.precision or self.residency.dtype
+
+    def guarded(self) -> Generator[Step, None, Result]:
+        """`steps`; where the denoiser overflows in half precision, all of them once more with it in float32."""
+        try:
+            return (yield from self.steps())
+        except DenoiserError as error:
+            if self.precise == torch.float32:
+                raise
+            check_room(error, self.residency, "denoiser")
+            note = f"all steps were run once more with the denoiser in float32: {error}"
+        self.savings.clear()
+        return (yield from replace(self, precision=torch.float32, plan=replace(self.plan, notes=(*self.plan.notes, note))).steps())
 
     def steps(self) -> Generator[Step, None, Result]:
         """The one path of every task and pass; a new feature is a wrapper around the denoiser, not a branch here."""
@@ -88,15 +106,16 @@ class Work:
         for n, (one, said, z0) in enumerate(zip(plan.passes, scripts, sources, strict=True)):
             made = None if x is None else self.larger(plan.passes[n - 1], one, x)
             noise = noise if made is None else noise.sized(spec.shape(one.width, one.height))
-            eps = noise.draw().to(device)
+            eps, watch = noise.draw().to(device), Watch()
             x = self.start(one, z0, eps, made)
-            with self.residency.use("denoiser") as modules:
+            with self.residency.use("denoiser", dtype=self.precision) as modules:
                 denoise = self.denoisers(one, modules, said, z0, eps)
                 for step in sample(denoise, x, one.levels, noise=lambda noise=noise: noise.draw().to(device), **plan.options):
                     x = step.x
+                    watch.see(step.x0, x)
                     yield replace(step, index=done + step.index, total=plan.steps)
             del modules, denoise, step  # with what their views hold
-            self.check_finite(x)
+            self.check_finite(watch, done)
             done += one.steps
         self.notes.extend(saved(self.savings))
         timings["sample"], phase = _since(phase)
@@ -140,7 +159,7 @@ class Work:
                 return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, call=self.family.vae_encode)
 
         key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile)
-        z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency.dtype), lambda made: [made[0]])
+        z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency, "encoder"), lambda made: [made[0]])
         self.notes.extend(said)
         return z0
 
@@ -197,12 +216,12 @@ class Work:
         """One evaluation of these networks, which is heard."""
         return network(replace(self.family, predict=self.heard(self.family.predict)), modules, asked)
 
-    def check_finite(self, x: Tensor) -> None:
-        """NotFiniteError where the denoiser gave NaN or infinity."""
-        if not bool(torch.isfinite(x).all()):
-            dtype = self.plan.dtype
-            cure = "check its weights and guidance_scale" if dtype == "float32" else "load the model with dtype='float32'"
-            raise NotFiniteError(f"the denoiser gave NaN or infinity in {dtype}: {cure}")
+    def check_finite(self, watch: Watch, done: int) -> None:
+        """DenoiserError where a step of this pass, before which `done` were made, gave NaN or infinity."""
+        if (found := watch.first()) is not None:
+            who = "" if len(self.plan.seeds) == 1 else f" for {pictures_named(found[1], self.plan.seeds)}"
+            raise DenoiserError(f"the denoiser gave NaN or infinity in {named(self.precise)}, in step {done + found[0] + 1} of {self.plan.steps}{who}: "
+                                + ("check its weights and guidance_scale" if self.precise == torch.float32 else "run it in float32"))
 
     def pixels(self, one: Pass, z: Tensor) -> Tensor:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
@@ -211,7 +230,7 @@ class Work:
             with self.residency.use("decoder", dtype=dtype) as modules:
                 return torch.cat([decode(modules["vae"], part, self.family.latent, tile=one.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
 
-        pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
+        pixels, said = once_more("the picture was decoded", decoded, self.residency, "decoder")
         self.notes.extend(said)
         return self.seen(one, z, pixels, partial(decoded, torch.float32))
 
