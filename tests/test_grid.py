@@ -59,7 +59,7 @@ def test_one_bad_value_refuses_the_sheet_before_anything_runs(pipe, monkeypatch:
 @pytest.mark.parametrize("options, message", [
     ({"x": {"cfg": [1]}}, "'cfg', which is not a known option: did you mean 'guidance_scale'"), ({"x": {}}, "expected one field"),
     ({"x": {"seed": [1], "steps": [2]}}, "expected one field"), ({"x": {"seed": []}}, "one or more"), ({"x": {"sampler": "euler"}}, "expected a list"),
-    ({"x": {"batch": [1, 2]}}, "make seed an axis"), ({"x": {"image": [1]}}, "no cell can have"), ({"x": X, "y": {"guidance_scale": [2]}}, "x and y are both"),
+    ({"x": {"steps": [object()]}}, "expected plain data"), ({"x": {"batch": [1, 2]}}, "make seed an axis"), ({"x": {"image": [1]}}, "no cell can have"), ({"x": X, "y": {"guidance_scale": [2]}}, "x and y are both"),
     ({"x": X, "batch": 2}, "makes 2 pictures"), ({"x": {"steps": [2]}, "steps": 3}, "steps is the axis x and given beside it"),
     ({"x": {"prompt": ["b"]}}, "prompt is the axis x and given"), ({"x": {"seed": list(range(1025))}}, "1,025 cells"), ({"x": X, "cell": 5}, "cell is 5"),
 ])

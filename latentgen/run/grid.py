@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -186,6 +187,10 @@ def _axis(where: str, said: Any, request: Request) -> tuple[str, tuple[Any, ...]
         raise RequestError(f"{where} is over {name}, which no cell can have of its own: give it for the whole sheet" + (", or make seed an axis" if name == "batch" else ""))
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise RequestError(f"{where} has the values {shown(values)}: expected a list of one or more")
+    try:
+        json.dumps(values := list(values))
+    except TypeError:
+        raise RequestError(f"{where} has the values {shown(values)}: expected plain data (numbers, words, lists, tables), which the sheet's file can keep") from None
     if name in request.model_fields_set and not (name == "prompt" and not request.prompt):
         raise RequestError(f"{name} is the axis {where} and given beside it, too: leave one of the two out")
     return name, tuple(values)

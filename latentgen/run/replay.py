@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from latentgen.run.series import run_all
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
+    from latentgen.run.plan import Plan
     from latentgen.run.result import Result
 
 _PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", "template", "styled_with", "drawn",
@@ -73,36 +74,44 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
     missing = tuple(f"{name} is missing: give the {name} that it was made from" for name in recipe.needs if name not in given)
     if missing:
         return Replayed(None, False, missing)
-    cells = recipe.cells or (recipe,)
-    film = "film" in recipe.data
-    if recipe.cells and not film:
-        check_about(recipe.data.get("grid"), len(cells))
-    if len(cells) > MAX_FRAMES:
-        raise RequestError(f"the recipe tells of {len(cells):,} pictures: expected at most {MAX_FRAMES:,}, so it was altered")
-    plans, nows = [], []
-    for cell in cells:
-        plans.append(pipe.plan(cell.request(**given)))
-        nows.append(make_recipe(plans[-1], pipe.checkpoint.digest, plans[-1].notes))
+    cells = _cells(recipe)
+    plans = [pipe.plan(cell.request(**given)) for cell in cells]
+    nows = [make_recipe(plan, pipe.checkpoint.digest, plan.notes) for plan in plans]
     sources = tuple(f"{name} is not the {'one' if name == 'classifier' else 'picture'} that it was made from" for name in recipe.needs
                     if nows[0].get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])
     if sources:
         return Replayed(None, False, sources)
     factors = tuple(dict.fromkeys(factor for cell, now in zip(cells, nows, strict=True) for factor in _factors(cell.data, now)))
-    results = run_all(pipe, plans, total=sum(plan.steps for plan in plans))
-    file = None if isinstance(made, Recipe) else made
-    if not recipe.cells:
-        result = next(results)
-        pixels = _pixels(recipe, result.image, file)
-        return Replayed(result, not pixels, (*factors, *pixels))
-    if film:
+    results, file = run_all(pipe, plans, total=sum(plan.steps for plan in plans)), None if isinstance(made, Recipe) else made
+    whole, pixels = _several(pipe, recipe, plans, results, file) if recipe.cells else _single(recipe, next(results), file)
+    return Replayed(whole, not pixels, (*factors, *pixels))
+
+
+def _cells(recipe: Recipe) -> tuple[Recipe, ...]:
+    """The recipe of each picture, and RequestError for a sheet or film that was altered into none."""
+    if recipe.cells and "film" not in recipe.data:
+        check_about(recipe.data.get("grid"), len(recipe.cells))
+    if len(recipe.cells) > MAX_FRAMES:
+        raise RequestError(f"the recipe tells of {len(recipe.cells):,} pictures: expected at most {MAX_FRAMES:,}, so it was altered")
+    return recipe.cells or (recipe,)
+
+
+def _single(recipe: Recipe, result: Result, file: Any) -> tuple[Result, tuple[str, ...]]:
+    """A picture, and how it differs from the one that was made."""
+    return result, _pixels(recipe, result.image, file)
+
+
+def _several(pipe: Pipeline, recipe: Recipe, plans: Sequence[Plan], results: Iterator[Result], file: Any) -> tuple[Grid | Film, tuple[str, ...]]:
+    """A sheet or a film, and how its pictures, and the sheet itself, differ from those that were made."""
+    if "film" in recipe.data:
         images = [result.image for result in results]
         whole: Grid | Film = remade(pipe, recipe, [plan.request for plan in plans], images)
         ours: tuple[str, ...] = ()
     else:
         whole = Grid.of(recipe.data["grid"], list(results))
         images, ours = [result.image for result in whole.results], _pixels(recipe, whole.image, file)
-    pixels = (*(f"picture {n}: {far}" for n, (cell, image) in enumerate(zip(cells, images, strict=True), 1) for far in _pixels(cell, image, None)), *ours)
-    return Replayed(whole, not pixels, (*factors, *pixels))
+    each = (f"picture {n}: {far}" for n, (cell, image) in enumerate(zip(recipe.cells, images, strict=True), 1) for far in _pixels(cell, image, None))
+    return whole, (*each, *ours)
 
 
 def _anyway(pipe: Pipeline, recipe: Foreign, anyway: bool, given: Mapping[str, Any]) -> Replayed:
