@@ -31,7 +31,8 @@ _HOMES = {
     "read_recipe": "latentgen.run.recipe:read_recipe", "Recipe": "latentgen.run.recipe:Recipe",
     "resume": "latentgen.run.resume:resume", "read_state": "latentgen.run.state:read_state", "State": "latentgen.run.state:State",
     "Replayed": "latentgen.run.replay:Replayed",
-    "clip_guidance": "latentgen.models.clip:clip_guidance", "inspect": "latentgen.models.inspect:inspect", "Report": "latentgen.models.inspect:Report",
+    "clip_guidance": "latentgen.models.clip:clip_guidance", "inspect": "latentgen.models.inspect:inspect",
+    "Report": "latentgen.models.inspect:Report",
     **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError")},
 }
 __all__ = [*_HOMES, "__version__"]

@@ -175,5 +175,6 @@ def _kind(unet: Config, second: Config) -> tuple[int, bool]:
     room = {n: n * each + pooled for n in (5, 6)} if isinstance(each, int) and isinstance(pooled, int) else {}
     if channels not in (4, 9) or kind != "text_time" or added not in room.values():
         raise ModelError(f"the U-Net takes {channels!r:.40} channels and beside the words {kind!r:.40} of width {added!r:.40}: expected 4 or 9 "
-                         f"channels (9 for inpainting) and 'text_time' of width {room.get(6)} or {room.get(5)} (the refiner), so load it as what it is")
+                         f"channels (9 for inpainting) and 'text_time' of width {room.get(6)} or {room.get(5)} (the "
+                         "refiner), so load it as what it is")
     return int(channels), added == room[5]

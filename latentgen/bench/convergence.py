@@ -1,6 +1,8 @@
-"""How fast samplers come to the exact answer: on a mixture of Gaussians in the plane, whose denoiser is a formula. Knows samplers and levels; no model.
+"""How fast samplers come to the exact answer: on a mixture of Gaussians in the plane, whose denoiser is a formula.
+Knows samplers and levels; no model.
 
-The probability-flow ODE is followed from ratio sigma / alpha = 10 down to 0.1 on levels that are even in its logarithm, from fixed starts, in float64.
+The probability-flow ODE is followed from ratio sigma / alpha = 10 down to 0.1 on levels that are even in its logarithm, from fixed starts, in
+float64.
 Its end is known to 1e-12 from a Runge-Kutta run on levels far finer than any that is judged. A method of order p has an error of steps^-p.
 """
 

@@ -36,7 +36,8 @@ def candidates(kind: Kind) -> list[Approximate]:
         return [*({"first_block": {"threshold": t}} for t in (0.04, 0.08, 0.12, 0.2)), *({"tea_cache": {"threshold": t}} for t in (0.1, 0.2, 0.4)),
                 *({"taylor": {"interval": n, "order": order}} for n, order in ((2, 1), (3, 1), (4, 1), (3, 2)))]
     merging: tuple[Approximate, ...] = ({}, {"token_merging": {"ratio": 0.25}}, {"token_merging": {"ratio": 0.5}})
-    deep: tuple[Approximate, ...] = ({}, *({"deep_cache": {"interval": n, "layers": layers}} for n, layers in ((2, 1), (2, 2), (3, 1), (3, 2), (5, 2))))
+    deep: tuple[Approximate, ...] = ({},
+                                     *({"deep_cache": {"interval": n, "layers": layers}} for n, layers in ((2, 1), (2, 2), (3, 1), (3, 2), (5, 2))))
     return [{**d, **m} for d in deep for m in merging if d or m]
 
 
@@ -54,7 +55,8 @@ def tune(model: str | Path = "glyph", *, quality: float = 0.98, prompts: Sequenc
         said_too: further fields of a `Request`: steps, width, height, sampler ...
 
     Returns:
-        Plain numbers: "rows" (name, approximate, quality, psnr in dB, both of the worst prompt, seconds of sampling, the least, speedup, holds), "chosen", "asked".
+        Plain numbers: "rows" (name, approximate, quality, psnr in dB, both of the worst prompt, seconds of sampling, the least, speedup, holds),
+            "chosen", "asked".
 
     Raises:
         RequestError: a value out of range, or no prompt. ModelError: no such model or tower.
@@ -81,7 +83,8 @@ def tune(model: str | Path = "glyph", *, quality: float = 0.98, prompts: Sequenc
         keep_tuned(tuned_key(pipe.checkpoint.digest, machine.device, machine.dtype), found)
     asked = {"model": machine.model, "width": machine.width, "height": machine.height, "steps": machine.steps, "sampler": machine.sampler,
              "prompts": list(prompts), "quality": quality, "dtype": machine.dtype, "device": machine.device.split(":")[0]}
-    return {"rows": rows, "chosen": {"name": best["name"], "approximate": dict(found.approximate), "speedup": best["speedup"], "saved": save}, "asked": asked}
+    return {"rows": rows, "chosen": {"name": best["name"], "approximate": dict(found.approximate), "speedup": best["speedup"], "saved": save},
+            "asked": asked}
 
 
 def _made(pipe: Pipeline, tried: Mapping[str, Approximate], requests: Sequence[Request],

@@ -1,4 +1,5 @@
-"""approximations and tune: the table of what may be left out for speed, and which of it pays here. Knows how they are shown; measures nothing itself."""
+"""approximations and tune: the table of what may be left out for speed, and which of it pays here. Knows how they are shown; measures nothing
+itself."""
 
 from __future__ import annotations
 
@@ -26,21 +27,25 @@ def approximations(as_json: AsJson = False) -> None:
     from latentgen.cli.reports import _table
 
     _table(("approximation", "what it does", "works on", "options", "paper"),
-           [(row["approximation"], row["about"], row["works_on"], ", ".join(f"{key} {said['default']}" for key, said in row["options"].items()), row["paper"])
+           [(row["approximation"], row["about"], row["works_on"], ", ".join(f"{key} {said['default']}" for key, said in row["options"].items()),
+             row["paper"])
             for row in rows])
 
 
 def tune(model: Annotated[str, typer.Argument(help="A model's name, a folder, a .safetensors file or a hub name.", metavar="NAME")] = "glyph",
          quality: Annotated[float, typer.Option(help="How like the exact pictures they must be, by the cosine of a picture tower, 0 to 1.")] = 0.98,
-         prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Words to try it with; may be said several times. Default: three of its own.",
+         prompt: Annotated[list[str] | None,
+                           typer.Option("--prompt", help="Words to try it with; may be said several times. Default: three of its own.",
                                                           metavar="WORDS", show_default=False)] = None,
-         tower: Annotated[Path | None, typer.Option(help="A model folder whose vision_tower judges. Default: glyph's.", metavar="DIR", show_default=False)] = None,
+         tower: Annotated[Path | None,
+                          typer.Option(help="A model folder whose vision_tower judges. Default: glyph's.", metavar="DIR", show_default=False)] = None,
          steps: Annotated[int | None, typer.Option(help="Steps of each picture. Default: the model's own.", show_default=False)] = None,
          width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own.", show_default=False)] = None,
          height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own.", show_default=False)] = None,
          device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "auto",
          dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", metavar="NAME")] = "auto",
-         save: Annotated[bool, typer.Option(help="Keep what was found, for --tuned and load(..., tuned=True).")] = True, as_json: AsJson = False) -> None:
+         save: Annotated[bool, typer.Option(help="Keep what was found, for --tuned and load(..., tuned=True).")] = True,
+         as_json: AsJson = False) -> None:
     """Try all approximations that fit a model against its exact pictures, and keep the fastest that holds the quality.
 
     What is kept is used only where --tuned asks for it, and plans, results and recipes then say so.
@@ -62,4 +67,5 @@ def tune(model: Annotated[str, typer.Argument(help="A model's name, a folder, a 
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["name"], f"{row['quality']:.4f}", f"{row['psnr']:.1f}", f"{row['seconds']:.3f}", f"{row['speedup']:.2f}x", "yes" if row["holds"] else "-")
+    return (row["name"], f"{row['quality']:.4f}", f"{row['psnr']:.1f}", f"{row['seconds']:.3f}", f"{row['speedup']:.2f}x",
+            "yes" if row["holds"] else "-")

@@ -28,12 +28,15 @@ def guiders(name: Name = None, as_json: AsJson = False) -> None:
         from latentgen.cli.reports import _table
 
         _table(("guider", "what it does", "evaluations", "options", "paper"),
-               [(row["guider"], row["about"], str(row["evaluations"]), " ".join(f"{key}={said['default']:g}" if isinstance(said["default"], (int, float)) else
-                                                                              f"{key}={said['default']}" for key, said in row["options"].items()), row["paper"])
+               [(row["guider"], row["about"], str(row["evaluations"]),
+                 " ".join(f"{key}={said['default']:g}" if isinstance(said["default"], (int, float)) else
+                                                                              f"{key}={said['default']}" for key, said in row["options"].items()),
+                                                                              row["paper"])
                 for row in rows])
     else:
         row = rows[0]
-        typer.echo("\n".join(f"{key:<21} {row[key]}" for key in ("guider", "about", "needs_cfg", "evaluations", "paper")).replace("needs_cfg", "needs cfg"))
+        typer.echo("\n".join(f"{key:<21} {row[key]}"
+                             for key in ("guider", "about", "needs_cfg", "evaluations", "paper")).replace("needs_cfg", "needs cfg"))
         for key, said in row["options"].items():
             typer.echo(f"  {key:<19} {said['takes']}, {said['default']} unless given: {said['about']}")
 
@@ -43,4 +46,5 @@ def _row(name: str) -> dict[str, Any]:
 
     info = GUIDERS[name]
     options = {key: {"default": info.defaults[key], "takes": option.takes, "about": option.about} for key, option in info.options.items()}
-    return {"guider": name, "about": info.about, "needs_cfg": info.needs_cfg, "evaluations": info.evaluations, "options": options, "paper": info.paper}
+    return {"guider": name, "about": info.about, "needs_cfg": info.needs_cfg, "evaluations": info.evaluations, "options": options,
+            "paper": info.paper}

@@ -81,7 +81,8 @@ def convergence(out: Annotated[Path, typer.Option("--output", "-o", help="The fi
         typer.echo(json.dumps(as_data(curves), indent=1))
         return
     for curve in curves:
-        typer.echo(f"{curve.name:<14} order {curve.order:.1f}   " + "  ".join(f"{n}: {error:.1e}" for n, error in zip(curve.steps, curve.errors, strict=True)))
+        typer.echo(f"{curve.name:<14} order {curve.order:.1f}   " + "  ".join(f"{n}: {error:.1e}"
+                                                                              for n, error in zip(curve.steps, curve.errors, strict=True)))
 
 
 def _details(name: str) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def _details(name: str) -> dict[str, Any]:
     card = cards().get(name)
     if card is not None and card.repo:
         defaults = published(card.variant)["defaults"] | card.defaults if card.variant else card.defaults
-        return {"name": card.name, "family": card.family, "variant": card.variant, "summary": card.summary, "licence": card.licence, "repo": card.repo,
+        return {"name": card.name, "family": card.family, "variant": card.variant, "summary": card.summary, "licence": card.licence,
+                "repo": card.repo,
                 "defaults": defaults}
     return describe(open_checkpoint(name))
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from latentgen.diffusion.names import Ours
 
 EXAMPLES = {"samplers": 'Examples:  latentgen samplers   and   latentgen samplers "DPM++ 2M Karras"'}
-Name = Annotated[str | None, typer.Argument(help="A sampler or spacing, as it is called here or in another program. Default: list all.", metavar="NAME",
+Name = Annotated[str | None,
+                 typer.Argument(help="A sampler or spacing, as it is called here or in another program. Default: list all.", metavar="NAME",
                                             show_default=False)]
 Names = Annotated[bool, typer.Option("--names", help="List what A1111, ComfyUI, diffusers, InvokeAI and stable-diffusion.cpp call them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts: all of it.")]
@@ -43,7 +44,8 @@ def _all() -> dict[str, Any]:
     from latentgen.diffusion.sample import SAMPLERS
     from latentgen.diffusion.schedule import SPACINGS
 
-    foreign = [{"program": program, "kind": kind, "name": name, **_said(ours)} for kind, table in (("sampler", SAMPLER_NAMES), ("spacing", SPACING_NAMES))
+    foreign = [{"program": program, "kind": kind, "name": name, **_said(ours)}
+               for kind, table in (("sampler", SAMPLER_NAMES), ("spacing", SPACING_NAMES))
                for program, names in table.items() for name, ours in names.items()]
     return {"samplers": [_sampler(name) for name in SAMPLERS], "spacings": list(SPACINGS), "foreign": foreign}
 
@@ -86,7 +88,8 @@ def _sampler(name: str) -> dict[str, Any]:
     info = SAMPLERS[name]
     options = {key: {"default": None if info.defaults[key] == float("inf") else info.defaults[key], "takes": option.takes, "about": option.about}
                for key, option in info.options.items()}
-    return {"sampler": name, "about": info.about, "order": info.order, "evaluations_per_step": info.evaluations_per_step, "stochastic": info.stochastic,
+    return {"sampler": name, "about": info.about, "order": info.order, "evaluations_per_step": info.evaluations_per_step,
+            "stochastic": info.stochastic,
             "options": options, "paper": info.paper}
 
 

@@ -27,7 +27,8 @@ Frames = Annotated[int, typer.Option("--frames", help="Of the whole film, 2 to 2
 Loop = Annotated[bool, typer.Option("--loop", help="Go on from the last prompt to the first, so that the film runs round.")]
 Fps = Annotated[float, typer.Option("--fps", help="Frames a second, 0.1 to 100.")]
 Folder = Annotated[Path | None, typer.Option("--folder", help="Keep every frame there; a film that was broken off goes on.", metavar="FOLDER")]
-FilmFile = Annotated[Path, typer.Option("--output", "-o", help="The file: .gif, .webp, .png (animated) or .mp4 (needs latentgen[video]).", metavar="FILE")]
+FilmFile = Annotated[Path,
+                     typer.Option("--output", "-o", help="The file: .gif, .webp, .png (animated) or .mp4 (needs latentgen[video]).", metavar="FILE")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print only the file's name.")]
 
 
@@ -69,7 +70,8 @@ def grid(prompt: Prompt, x: X, y: Y = None, cell: Cell = None, **said: Any) -> N
 
 
 @takes(SOURCE, STRENGTH, SIDES, WORDS, SIZE, SAMPLING, TOLD, MACHINE)
-def interpolate(prompts: Keys, output: FilmFile, frames: Frames = 24, loop: Loop = False, fps: Fps = 12.0, folder: Folder = None, quiet: Quiet = False,
+def interpolate(prompts: Keys, output: FilmFile, frames: Frames = 24, loop: Loop = False, fps: Fps = 12.0, folder: Folder = None,
+                quiet: Quiet = False,
                 **said: Any) -> None:
     """Make a film from one prompt to the next: words and noise go along the sphere, frame by frame.
 

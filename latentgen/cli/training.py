@@ -73,7 +73,8 @@ def data(out: Annotated[Path, _folder("--out", "Where the set goes.")],
 
 @app.command(epilog="Example:  latentgen train text --data glyph-data --run runs/text --minutes 40")
 def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: Threads = None,
-         resume_from: Annotated[Path | None, _folder("--resume-from", "A checkpoint to start from, such as weights/glyph.", there=True)] = None) -> None:
+         resume_from: Annotated[Path | None,
+                                _folder("--resume-from", "A checkpoint to start from, such as weights/glyph.", there=True)] = None) -> None:
     """Train the text encoder and its picture tower, a small CLIP.
 
     Takes --minutes, and a few more the first time to read the captions. Writes model/ and tokenizer/ into the run folder; saves as it goes.
@@ -89,7 +90,8 @@ def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: 
 @app.command(epilog="Example:  latentgen train vae --data glyph-data --run runs/vae --minutes 40")
 def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: Threads = None,
         resume_from: Annotated[Path | None, _folder("--resume-from", "Autoencoder weights to start from.", there=True)] = None,
-        decoder_only: Annotated[bool, typer.Option("--decoder-only", help="Keep the encoder, so that denoisers trained on its latents stay valid.")] = False) -> None:
+        decoder_only: Annotated[bool, typer.Option("--decoder-only",
+                                                   help="Keep the encoder, so that denoisers trained on its latents stay valid.")] = False) -> None:
     """Train the autoencoder, pictures to latents and back.
 
     Takes --minutes. Writes model/ into the run folder; saves as it goes, with a sheet of pictures beside what comes back.
@@ -109,9 +111,12 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
              minutes: Minutes = 120, lr: Rate = 6e-4, batch: Annotated[int, typer.Option(help="Pictures per step, 1 or more.")] = 48,
              threads: Threads = None,
              start: Annotated[Path | None, _folder("--start", "U-Net weights to start from, such as a smaller size's RUN/model.", there=True)] = None,
-             grow: Annotated[bool, typer.Option("--grow", help="Put a new outer level around the weights of --start: for pictures of twice their side.")] = False,
-             decay: Annotated[float, typer.Option(min=0, max=1, help="Share of the minutes over which the rate falls; 0 where another run follows.")] = 0.3,
-             core: Annotated[bool, typer.Option("--core", help="Leave out skin tones and interface icons: a quarter less to encode first.")] = False) -> None:
+             grow: Annotated[bool, typer.Option("--grow", help="Put a new outer level around the weights of --start: "
+                                                               "for pictures of twice their side.")] = False,
+             decay: Annotated[float,
+                              typer.Option(min=0, max=1, help="Share of the minutes over which the rate falls; 0 where another run follows.")] = 0.3,
+             core: Annotated[bool, typer.Option("--core",
+                                                help="Leave out skin tones and interface icons: a quarter less to encode first.")] = False) -> None:
     """Train the denoiser, the U-Net that turns noise and words into latents.
 
     Takes --minutes, and a few more the first time to encode every picture. Writes model/ into the run folder; saves as it goes.
@@ -130,7 +135,8 @@ def export(out: Annotated[Path, _folder("--out", "The checkpoint's folder.")],
            text: Annotated[Path, _folder("--text", "The run folder of `train text`.", there=True)],
            vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`.", there=True)],
            unet: Annotated[Path, _folder("--unet", "The run folder of `train denoiser`.", there=True)], data: Data,
-           size: Annotated[int, typer.Option(help="Side of the pictures that the denoiser was trained at last; becomes the default size.")] = 256) -> None:
+           size: Annotated[int, typer.Option(help="Side of the pictures that the denoiser was trained at last; "
+                                                  "becomes the default size.")] = 256) -> None:
     """Lay the trained parts out as one checkpoint.
 
     Takes a minute. Writes a diffusers folder in float16 with a card.toml, ready for `latentgen txt2img --model OUT`.

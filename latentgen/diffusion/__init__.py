@@ -1,7 +1,8 @@
 """The mathematics of diffusion. Imports torch and nothing else; knows no prompt, model, device or image.
 
 A denoiser maps (x, level) to x0. `level` says what a level is, `schedule` which levels a run visits, `sample` which samplers there
-are to move x between them (`samplers`), `names` what others call them, `guide` wraps denoisers, `guidance` has further rules, `noise` turns seeds into noise.
+are to move x between them (`samplers`), `names` what others call them, `guide` wraps denoisers, `guidance` has further rules, `noise` turns seeds
+into noise.
 """
 
 from latentgen.diffusion.guide import guided, masked

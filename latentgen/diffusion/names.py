@@ -48,7 +48,8 @@ BETWEEN = "asks at the middle of each step, there at every other level"
 BROWNIAN = "noise from another generator: another picture of the same kind"
 EVEN = "by steps of any length: exact weights here, approximate ones there"
 UNIPC_A = _is("unipc", order=3, variant="bh1")
-FAST, ADAPTIVE = _no("it chooses its own levels, nearest is dpmpp_2s_ancestral with eta 0"), _no("it chooses its own steps, nearest is rk45 with rtol 0.01")
+FAST, ADAPTIVE = _no("it chooses its own levels, nearest is dpmpp_2s_ancestral with eta 0"), _no("it chooses its own steps, "
+                                                                                                 "nearest is rk45 with rtol 0.01")
 HEUN = _is("heun", variable="ratio")
 
 SAMPLER_NAMES: dict[str, dict[str, Ours]] = {
@@ -89,7 +90,8 @@ SAMPLER_NAMES: dict[str, dict[str, Ours]] = {
         "DDIMScheduler": _is("ddim"), "DDIMParallelScheduler": _is("ddim"), "CogVideoXDDIMScheduler": _is("ddim"), "DDPMScheduler": _is("ddpm"),
         "DDPMParallelScheduler": _is("ddpm"), "DDPMWuerstchenScheduler": _is("ddpm"), "UnCLIPScheduler": _is("ddpm"), "PNDMScheduler": _is("pndm"),
         "LMSDiscreteScheduler": _is("lms"), "EulerDiscreteScheduler": _is("euler"), "EDMEulerScheduler": _is("euler"),
-        "EulerAncestralDiscreteScheduler": _is("euler_ancestral"), "LTXEulerAncestralRFScheduler": _is("euler_ancestral", "another share of noise there"),
+        "EulerAncestralDiscreteScheduler": _is("euler_ancestral"),
+        "LTXEulerAncestralRFScheduler": _is("euler_ancestral", "another share of noise there"),
         "FlowMatchEulerDiscreteScheduler": _is("euler"), "HeunDiscreteScheduler": HEUN, "FlowMatchHeunDiscreteScheduler": _is("heun"),
         "KarrasVeScheduler": _is("heun", s_churn=80.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.007), "KDPM2DiscreteScheduler": _is("dpm2"),
         "KDPM2AncestralDiscreteScheduler": _is("dpm2_ancestral"), "DPMSolverMultistepScheduler": _is("dpmpp_2m"),
@@ -106,14 +108,18 @@ SAMPLER_NAMES: dict[str, dict[str, Ours]] = {
             "it runs from the picture to noise": ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
             "it is for tokens, not for latents": ("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler",
                                                   "VQDiffusionScheduler"),
-            "it belongs to one model": ("FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler", "HeliosScheduler", "MiniMaxH3Scheduler", "PiflowScheduler",
+            "it belongs to one model": ("FlowMapEulerDiscreteScheduler", "HeliosDMDScheduler", "HeliosScheduler", "MiniMaxH3Scheduler",
+                                        "PiflowScheduler",
                                         "RFD4ProteinaScheduler"),
             "inpainting is a wrapper here, for any sampler": ("RePaintScheduler",)}.items() for name in names},
     },
     "InvokeAI": {
-        "ddim": _is("ddim"), "ddpm": _is("ddpm"), "deis": _is("deis", order=2), "lms": _is("lms"), "pndm": _is("pndm"), "heun": HEUN, "euler": _is("euler"),
-        "euler_a": _is("euler_ancestral"), "kdpm_2": _is("dpm2"), "kdpm_2_a": _is("dpm2_ancestral"), "dpmpp_2s": _is("dpmpp_2s_ancestral", BETWEEN, eta=0.0),
-        "dpmpp_2m": _is("dpmpp_2m"), "dpmpp_2m_sde": _is("dpmpp_2m_sde"), "dpmpp_3m": _is("dpmpp_3m_sde", eta=0.0), "dpmpp_sde": _is("dpmpp_sde", BROWNIAN),
+        "ddim": _is("ddim"), "ddpm": _is("ddpm"), "deis": _is("deis", order=2), "lms": _is("lms"), "pndm": _is("pndm"), "heun": HEUN,
+        "euler": _is("euler"),
+        "euler_a": _is("euler_ancestral"), "kdpm_2": _is("dpm2"), "kdpm_2_a": _is("dpm2_ancestral"),
+        "dpmpp_2s": _is("dpmpp_2s_ancestral", BETWEEN, eta=0.0),
+        "dpmpp_2m": _is("dpmpp_2m"), "dpmpp_2m_sde": _is("dpmpp_2m_sde"), "dpmpp_3m": _is("dpmpp_3m_sde", eta=0.0),
+        "dpmpp_sde": _is("dpmpp_sde", BROWNIAN),
         "unipc": _is("unipc"), "lcm": _is("lcm"), "tcd": _is("tcd"),
     },
     "stable-diffusion.cpp": {
@@ -122,7 +128,8 @@ SAMPLER_NAMES: dict[str, dict[str, Ours]] = {
         "dpm++2m_sde_bt": _is("dpmpp_2m_sde", BROWNIAN),
         "ipndm": _is("ipndm"), "ipndm_v": _is("lms", EVEN), "lcm": _is("lcm"), "ddim_trailing": Ours("ddim", "trailing"), "tcd": _is("tcd"),
         "res_multistep": _is("res_multistep"), "res_2s": _no("nearest is dpmpp_2s_ancestral with eta 0"), "er_sde": _is("er_sde"),
-        "euler_cfg_pp": _is("euler", CFG_PP), "euler_a_cfg_pp": _is("euler_ancestral", CFG_PP), "euler_ge": _no("nearest is euler"), "lms": _is("lms"),
+        "euler_cfg_pp": _is("euler", CFG_PP), "euler_a_cfg_pp": _is("euler_ancestral", CFG_PP), "euler_ge": _no("nearest is euler"),
+        "lms": _is("lms"),
     },
 }
 _K = ("deis", "lms", "heun", "euler", "kdpm_2", "kdpm_2_a", "dpmpp_2s", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_sde", "unipc")
@@ -135,7 +142,8 @@ SPACING_NAMES: dict[str, dict[str, Ours]] = {
         "Polyexponential": _to("polyexponential"), "SGM Uniform": _to("sgm_uniform"), "KL Optimal": _to("kl_optimal"),
         "Align Your Steps": _to("ays", "of the larger model: ays_xl"), "Simple": _to("simple"), "Normal": _to("normal"),
         "DDIM": _to("leading", "with offset 1"),
-        "Beta": _to("beta", SIGMAS), "Align Your Steps GITS": _no("nearest is ays"), "Align Your Steps 11": _to("ays"), "Align Your Steps 32": _to("ays"),
+        "Beta": _to("beta", SIGMAS), "Align Your Steps GITS": _no("nearest is ays"), "Align Your Steps 11": _to("ays"),
+        "Align Your Steps 32": _to("ays"),
         "Turbo": _to("trailing"),
     },
     "ComfyUI": {
@@ -152,8 +160,10 @@ SPACING_NAMES: dict[str, dict[str, Ours]] = {
     "stable-diffusion.cpp": {
         "discrete": _to("normal"), "karras": _to("karras"), "exponential": _to("exponential"), "ays": _to("ays", "of the larger model: ays_xl"),
         "gits": _no("nearest is ays"), "sgm_uniform": _to("sgm_uniform"), "simple": _to("simple"), "smoothstep": _no("nearest is simple"),
-        "kl_optimal": _to("kl_optimal"), "lcm": _to("trailing", "of the 50 levels such models are taught"), "bong_tangent": _no("nearest is kl_optimal"),
-        "ltx2": _no("its own shift and end"), "logit_normal": _no("nearest is beta"), "flux": _to("trailing"), "flux2": _to("trailing"), "beta": _to("beta"),
+        "kl_optimal": _to("kl_optimal"), "lcm": _to("trailing", "of the 50 levels such models are taught"),
+        "bong_tangent": _no("nearest is kl_optimal"),
+        "ltx2": _no("its own shift and end"), "logit_normal": _no("nearest is beta"), "flux": _to("trailing"), "flux2": _to("trailing"),
+        "beta": _to("beta"),
     },
 }
 

@@ -26,7 +26,8 @@ class Option:
         """RequestError unless value is one that this option takes."""
         if self.layers:
             several = list(value) if isinstance(value, (list, tuple)) else [value]
-            fits = 0 < len(several) <= 200 and all(isinstance(one, str) and 0 < len(one) <= 200 or type(one) is int and 0 <= one < 1000 for one in several)
+            fits = 0 < len(several) <= 200 and all(isinstance(one, str) and 0 < len(one) <= 200 or type(one) is int and 0 <= one < 1000
+                                                   for one in several)
         elif self.choices:
             fits = isinstance(value, str) and value in self.choices
         else:

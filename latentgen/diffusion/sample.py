@@ -96,7 +96,8 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "unipc": SamplerInfo(multistep.unipc, "predicts, and corrects with the next answer for nothing", "Zhao et al. 2023 (UniPC)", 3,
                          options={"order": Option("answers that the predictor takes", 1, 3, True),
                                   "variant": Option("the paper's B(h)", choices=("bh1", "bh2"))}),
-    "sa_solver": SamplerInfo(multistep.sa_solver, "stochastic Adams methods, predictor and corrector", "Xue et al. 2023 (SA-Solver)", 2, True, options={
+    "sa_solver": SamplerInfo(multistep.sa_solver, "stochastic Adams methods, predictor and corrector", "Xue et al. 2023 (SA-Solver)", 2, True,
+                             options={
         "predictor_order": Option("answers that the predictor takes", 1, 4, True),
         "corrector_order": Option("answers that the corrector takes, 0 none", 0, 4, True), "tau": Option("noise: 0 the ODE, 1 the SDE", 0, 10),
         "s_tmin": CHURN["s_tmin"], "s_tmax": CHURN["s_tmax"]}),
@@ -111,7 +112,8 @@ SAMPLERS: dict[str, SamplerInfo] = {
     "deis": SamplerInfo(adams.deis, "a polynomial in log sigma through the noise of the last answers", "Zhang & Chen 2023 (DEIS)", 2,
                         options={"order": Option("answers that it takes", 1, 4, True)}),
     "rk45": SamplerInfo(ode.rk45, "the probability-flow ODE by a Runge-Kutta method, to a tolerance if one is given", "Song et al. 2021 (score SDE)",
-                        5, False, 6, {"rtol": Option("relative tolerance, 0 for fixed steps", 0, 1), "atol": Option("absolute tolerance", 1e-12, 1)}, True),
+                        5, False, 6, {"rtol": Option("relative tolerance, 0 for fixed steps", 0, 1), "atol": Option("absolute tolerance", 1e-12, 1)},
+                        True),
     "restart": SamplerInfo(one_step.restart, "Heun, and back up to more noise in between", "Xu et al. 2023 (Restart)", 2, True, 2, {
         "times": Option("restarts", 1, 100, True), "inner": Option("steps of each way back down", 1, 100, True),
         "s_low": Option("ratio sigma / alpha that it restarts from", 1e-4, 1e4),
@@ -121,9 +123,11 @@ SAMPLERS: dict[str, SamplerInfo] = {
                                options={"s_min": Option("ratio sigma / alpha that the model stops at", 0, 10), "s_noise": S_NOISE}),
     "tcd": SamplerInfo(one_step.tcd, "for trajectory consistency models: past the target, and noise back up", "Zheng et al. 2024 (TCD)", 1, True,
                        options={"gamma": Option("how far past the target: 0 not at all, 1 to the clean end", 0, 1)}, between=True),
-    "annealed_langevin": SamplerInfo(langevin.annealed_langevin, "for score models: Langevin's walk at each level", "Song & Ermon 2019 (NCSN)", 1, True, 5,
+    "annealed_langevin": SamplerInfo(langevin.annealed_langevin, "for score models: Langevin's walk at each level", "Song & Ermon 2019 (NCSN)", 1,
+                                     True, 5,
                                      {"inner": Option("steps at each level", 1, 1000, True), "step": Option("step size in sigma²", 1e-6, 1)}),
-    "predictor_corrector": SamplerInfo(langevin.predictor_corrector, "for score models: Langevin steps, then a step down", "Song et al. 2021 (score SDE)",
+    "predictor_corrector": SamplerInfo(langevin.predictor_corrector, "for score models: Langevin steps, then a step down",
+                                       "Song et al. 2021 (score SDE)",
                                        1, True, 2, {"snr": Option("the corrector's signal-to-noise ratio", 0, 1),
                                                     "corrector_steps": Option("corrections at each level", 0, 100, True),
                                                     "predictor": Option("the step down", choices=("ancestral", "reverse", "none"))}),

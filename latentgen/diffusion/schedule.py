@@ -17,7 +17,8 @@ from latentgen.errors import RequestError
 
 SPACINGS = ("linspace", "leading", "trailing", "simple", "normal", "sgm_uniform", "beta", "karras", "exponential", "polyexponential", "kl_optimal",
             "linear_quadratic", "ays", "ays_xl", "ays_video")
-UNSHIFTED = ("karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", "ays", "ays_xl", "ays_video")  # a shift does not reach them
+UNSHIFTED = ("karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", "ays", "ays_xl",
+             "ays_video")  # a shift does not reach them
 
 
 class Levels(tuple[Level, ...]):
@@ -70,7 +71,8 @@ def shifted(s: float, shift: float) -> float:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offset: int = 0, terminal: float = 0.0, rho: float | None = None) -> Levels:
+def spacing(name: str, path: NoisePath, steps: int, *, shift: float = 1.0, offset: int = 0, terminal: float = 0.0,
+            rho: float | None = None) -> Levels:
     """The steps + 1 levels of a run, noisiest first; the last is clean (alpha = 1, sigma = 0).
 
     With T = path.train_steps, on a table (`VariancePreserving`) these are timesteps, whole in the first four (Lin et al. 2023, table 2):

@@ -73,7 +73,8 @@ def align_your_steps(name: str, path: NoisePath, steps: int, table: Sequence[flo
     """
     if name == "ays_video":
         if not (isinstance(path, VarianceExploding) and math.isclose(path.sigma_max, AYS_VIDEO[0], rel_tol=1e-3)):
-            raise RequestError(f"{name} spacing was made for a video model with sigmas from 0.002 to 700, not for this {type(path).__name__}: use karras.")
+            raise RequestError(f"{name} spacing was made for a video model with sigmas from 0.002 to 700, "
+                               f"not for this {type(path).__name__}: use karras.")
         logs = [math.log(sigma) for sigma in AYS_VIDEO]
     else:
         made_for = isinstance(path, VariancePreserving) and len(path.alphas_bar) == len(table) and all(
@@ -145,5 +146,6 @@ def from_values(values: Sequence[float], what: str, to_level: Callable[[float], 
     given = [float(value) for value in values]
     given = given[:-1] if len(given) > 1 and given[-1] == 0 and not table else given
     if not given or not all(math.isfinite(value) and (value > 0 or table) for value in given) or not all(a > b for a, b in pairwise(given)):
-        raise RequestError(f"{what} hold {len(given)} numbers that do not fall strictly: give the noisiest first, each below the one before, above 0.")
+        raise RequestError(f"{what} hold {len(given)} numbers that do not fall strictly: give the noisiest first, "
+                           "each below the one before, above 0.")
     return [to_level(value) for value in given]

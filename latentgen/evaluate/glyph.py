@@ -96,7 +96,8 @@ def evaluate(model: str | Path, data: Path, out: Path, *, pictures: int = 200, s
     plan = pipe.plan("a heart", seed=seed)
     report: dict[str, Any] = {
         "model": {"name": pipe.card.name, "weights": pipe.checkpoint.digest, "dtype": plan.dtype,
-                  "device": plan.device.split(":")[0], "size": [plan.width, plan.height], "steps": plan.steps, "sampler": plan.sampler, "guidance_scale": plan.guidance_scale},
+                  "device": plan.device.split(":")[0], "size": [plan.width, plan.height], "steps": plan.steps, "sampler": plan.sampler,
+                  "guidance_scale": plan.guidance_scale},
         "torch": torch.__version__, "asked": {"pictures": pictures, "seed": seed}}
     rows = choose.held_out_rows(task.reader.icons, pictures, seed)
     seconds: dict[str, float] = {}

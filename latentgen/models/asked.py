@@ -1,4 +1,5 @@
-"""What a network is asked at this moment of one run: by which modules of its view tell one call from another. Knows levels and conditionings; runs nothing."""
+"""What a network is asked at this moment of one run: by which modules of its view tell one call from another.
+Knows levels and conditionings; runs nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class Asked:
 
     Attributes:
         level: the noise level.
-        rows: of each row of the batch, the conditioning of batch 1 that it hears and the number of the picture that it shows. Empty where nobody tells.
+        rows: of each row of the batch, the conditioning of batch 1 that it hears and the number of the picture that it shows.
+            Empty where nobody tells.
         turn: how often the level has changed.
     """
 

@@ -87,7 +87,8 @@ def find_card(source: str | Path) -> Card:
         raise ModelError(f"there is no file {path.name!r} there: check its folder and its name")
     near = difflib.get_close_matches(str(source), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ModelError(f"there is no model {str(source)!r}: {hint}expected a folder, a .safetensors file, a hub name (org/name) or one of {', '.join(sorted(known))}")
+    raise ModelError(f"there is no model {str(source)!r}: {hint}expected a folder, a .safetensors file, "
+                     f"a hub name (org/name) or one of {', '.join(sorted(known))}")
 
 
 def read_card(path: Path) -> Card:
@@ -109,7 +110,8 @@ def read_card(path: Path) -> Card:
         if not isinstance(raw.get(key, kind()), kind):
             raise ModelError(f"the card {path.parent.name}/{path.name} sets {key} to {raw[key]!r:.60}: expected {kind.__name__}")
     if not all(isinstance(row, list) and len(row) == 3 and all(isinstance(v, (int, float)) for v in row) for row in raw.get("preview", ())):
-        raise ModelError(f"the card {path.parent.name}/{path.name} has a preview that is not rows of 3 numbers: one per latent channel and a constant")
+        raise ModelError(f"the card {path.parent.name}/{path.name} has a preview that is not rows of 3 numbers: "
+                         "one per latent channel and a constant")
     if "\x00" in raw.get("folder", ""):
         raise ModelError(f"the card {path.parent.name}/{path.name} names a folder with a NUL character: correct it")
     folder = (path.parent / raw.pop("folder", ".")).resolve()

@@ -17,7 +17,8 @@ from latentgen.errors import ModelError, RequestError
 if TYPE_CHECKING:
     from latentgen.diffusion.level import Level
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pictures that CLIP was trained on (Radford et al. 2021)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258,
+                                                  0.27577711)  # of the pictures that CLIP was trained on (Radford et al. 2021)
 
 
 class ClipJudge:
@@ -64,7 +65,8 @@ def clip_guidance(prompt: str, *, model: Any, weights: str | Path | None = None,
         tokenizer: texts -> (n, length) ids; None takes open_clip's for the architecture.
 
     Raises:
-        RequestError: no words, or weights without an architecture, or the reverse. ModelError: a file that is missing, no safetensors or another model's.
+        RequestError: no words, or weights without an architecture, or the reverse. ModelError: a file that is missing, no safetensors or another
+            model's.
     """
     try:
         import open_clip

@@ -23,7 +23,8 @@ class Elsewhere(nn.Module):
         release: told of each stored tensor after use.
     """
 
-    def __init__(self, shell: nn.Module, stored: Mapping[str, Tensor], *, ready: Callable[[str, Tensor], Tensor], release: Callable[[Tensor], None]) -> None:
+    def __init__(self, shell: nn.Module, stored: Mapping[str, Tensor], *, ready: Callable[[str, Tensor], Tensor],
+                 release: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.shell = (shell,)  # in a tuple, or it would be a child
         self.stored, self.ready, self.release = dict(stored), ready, release

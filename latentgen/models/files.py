@@ -36,7 +36,8 @@ def check_config(config: Config, label: str) -> None:
     for name, value in _numbers(config):
         limit = MAX_LAYERS if "layers" in name or "blocks" in name else MAX_NUMBER
         if not -1 <= value <= limit:
-            raise ModelError(f"the config of {label} sets {name} to {shown(value)}: expected at most {limit:,}, so it is damaged or not of a real checkpoint")
+            raise ModelError(f"the config of {label} sets {name} to {shown(value)}: expected at most {limit:,}, "
+                             "so it is damaged or not of a real checkpoint")
 
 
 def _numbers(value: Any, name: str = "it") -> Iterator[tuple[str, float]]:
@@ -58,7 +59,8 @@ def part_config(place: Path, name: str = "config.json") -> dict[str, Any]:
     try:
         config = json.loads((place / name).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{place.parent.name}/{place.name}/{name} cannot be read ({type(error).__name__}): the folder needs a diffusers layout") from error
+        raise ModelError(f"{place.parent.name}/{place.name}/{name} cannot be read ({type(error).__name__}): "
+                         "the folder needs a diffusers layout") from error
     if not isinstance(config, dict) or "auto_map" in config:
         raise ModelError(f"{place.parent.name}/{place.name}/{name} is refused: expected a plain object that names no code")
     return config
@@ -145,5 +147,6 @@ def digest(files: tuple[Path, ...]) -> str:
             stat = path.stat()
             whole.update(_digest(str(path), stat.st_size, stat.st_mtime_ns).encode())
         except OSError as error:
-            raise ModelError(f"{path.parent.name}/{path.name} cannot be read any more ({type(error).__name__}): put it back, or load the model again") from None
+            raise ModelError(f"{path.parent.name}/{path.name} cannot be read any more ({type(error).__name__}): "
+                             "put it back, or load the model again") from None
     return whole.hexdigest()[:16]

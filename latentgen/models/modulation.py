@@ -113,7 +113,8 @@ def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[
     tables = {found.embedder: embedded}
     if found.heads:
         stacked = torch.cat([answer[-1] if isinstance(answer, tuple) else answer for answer in embedded.values()])
-        tables |= {name: dict(zip(embedded, _answers(head, stacked, activated=name in found.activated), strict=True)) for name, head in found.heads.items()}
+        tables |= {name: dict(zip(embedded, _answers(head, stacked, activated=name in found.activated), strict=True))
+                   for name, head in found.heads.items()}
     return view(net, lambda name, module: Known(module, asked, tables[name]) if name in tables else None)
 
 

@@ -1,4 +1,5 @@
-"""Pickled weight files (.ckpt, .bin, .pt, .pth), for a caller who asks for them by name. Knows torch's restricted unpickler; runs nothing from a file.
+"""Pickled weight files (.ckpt, .bin, .pt, .pth), for a caller who asks for them by name. Knows torch's restricted unpickler; runs nothing from a
+file.
 
 Only tensors in plain containers are accepted (`torch.load(weights_only=True)`); anything else in the file ends the loading.
 """
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64",
+NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+         "int64": "I64",
          "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
 
@@ -58,7 +60,8 @@ def pickle_tensors(path: Path, *, device: str | torch.device = "cpu") -> dict[st
     try:
         whole: Any = torch.load(path, map_location=device, weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch raises whatever the file made it meet
-        raise ModelError(f"{where(path)} is refused: it holds more than tensors, or is damaged ({shorten(str(error), 120)}); get it as .safetensors") from None
+        raise ModelError(f"{where(path)} is refused: it holds more than tensors, "
+                         f"or is damaged ({shorten(str(error), 120)}); get it as .safetensors") from None
     if isinstance(whole, Mapping) and isinstance(whole.get("state_dict"), Mapping):
         whole = whole["state_dict"]
     if not isinstance(whole, Mapping) or not any(isinstance(value, torch.Tensor) for value in whole.values()):

@@ -47,7 +47,8 @@ class Form:
             "seed": kit.Text(placeholder="a new one", description="seed"),
             **{name: kit.Dropdown(options=[OWN, *names], description=name) for name, names in choices.items()},
         }
-        self._begin, self._end = kit.Button(description="Make", button_style="primary", icon="play"), kit.Button(description="Stop", icon="stop", disabled=True)
+        self._begin, self._end = kit.Button(description="Make", button_style="primary",
+                                            icon="play"), kit.Button(description="Stop", icon="stop", disabled=True)
         self._begin.on_click(self.make)
         self._end.on_click(self.stop)
         area = kit.HTML()

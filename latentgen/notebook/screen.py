@@ -1,4 +1,5 @@
-"""Where a notebook shows something: an output that is updated in place, or the HTML area of a form. Knows IPython and ipywidgets, if they are there."""
+"""Where a notebook shows something: an output that is updated in place, or the HTML area of a form. Knows IPython and ipywidgets, if they are
+there."""
 
 from __future__ import annotations
 

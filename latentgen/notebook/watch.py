@@ -1,6 +1,7 @@
 """A request that is watched while it runs and can be stopped. Knows steps, previews and threads; all the work is in `run/`.
 
-A kernel hears no button while a cell runs. So where there are widgets the cell only starts the run, which goes on in a thread of its own: the kernel is
+A kernel hears no button while a cell runs. So where there are widgets the cell only starts the run, which goes on in a thread of its own:
+the kernel is
 idle, and Stop is heard at once. `result` waits for the end; so does `await`, during which kernels from ipykernel 7.4 on hear the button, too.
 """
 

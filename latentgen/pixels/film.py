@@ -195,7 +195,8 @@ def _av() -> Any:
     try:
         import av
     except ImportError:
-        raise RequestError("an .mp4 is asked for and the package av is not installed: pip install 'latentgen[video]', or write a .gif, .webp or .png") from None
+        raise RequestError("an .mp4 is asked for and the package av is not installed: pip install 'latentgen[video]', "
+                           "or write a .gif, .webp or .png") from None
     return av
 
 

@@ -14,7 +14,8 @@ MAX_LINES = 12  # of a label; what is longer ends in "..."
 SIZES = (12, 32)  # of the letters, which grow with the pictures
 
 
-def sheet(images: Sequence[Image.Image], labels: Sequence[str] | None = None, *, columns: int | None = None, tile: int | None = 192, smooth: bool = False,
+def sheet(images: Sequence[Image.Image], labels: Sequence[str] | None = None, *, columns: int | None = None, tile: int | None = 192,
+          smooth: bool = False,
           column_names: Sequence[str] | None = None, row_names: Sequence[str] | None = None, title: str = "") -> Image.Image:
     """Pictures in rows on white, each fitted into a tile, with words that wrap: under each, above the columns, beside the rows, and over all.
 
@@ -63,7 +64,8 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] | None = None, *,
     top = head + above
     for row in range(rows):
         if sides:
-            pen.lines(sides[row], gap + beside // 2, top + gap + (height - line * len(sides[row])) // 2 if line * len(sides[row]) < height else top + gap)
+            pen.lines(sides[row], gap + beside // 2,
+                      top + gap + (height - line * len(sides[row])) // 2 if line * len(sides[row]) < height else top + gap)
         for column, image in enumerate(images[row * columns:(row + 1) * columns]):
             at = left + column * (width + 2 * gap) + gap
             small = _fitted(image, tile, smooth)

@@ -1,4 +1,5 @@
-"""Conditionings as batches: repeated for several pictures, joined for several evaluations, and between two texts. Knows tensors' shapes and nothing of what they mean."""
+"""Conditionings as batches: repeated for several pictures, joined for several evaluations, and between two texts.
+Knows tensors' shapes and nothing of what they mean."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ MOST_NODES = 5000
 _TEXTS = {"text", "text_g", "text_l", "clip_l", "t5xxl", "prompt", "string"}
 _CONDITIONERS = ("Reroute", "ConditioningZeroOut", "ConditioningCombine", "ConditioningConcat")  # of which `texts` tells
 _GUIDERS = ("BasicGuider", "CFGGuider")
-_ENDS = {"sigma_max": 14.614642, "sigma_min": 0.0291675, "rho": 7, "beta_d": 19.9, "beta_min": 0.1, "alpha": 0.6, "beta": 0.6}  # as the nodes have them
+_ENDS = {"sigma_max": 14.614642, "sigma_min": 0.0291675, "rho": 7, "beta_d": 19.9, "beta_min": 0.1, "alpha": 0.6,
+         "beta": 0.6}  # as the nodes have them
 _PICTURES = ("images", "image", "samples", "pixels", "latent")
 _FINISHED = ("VAEDecode", "Save", "Preview", "Reroute", "ImageSave")  # begin the names of nodes that leave a picture as it is
 _LATENTS = ("Empty", "VAEEncode", "Load", "Reroute", "SetLatentNoiseMask", "InpaintModelConditioning", "LatentUpscale", "ImageScale", "Image", "Mask")
@@ -33,7 +34,8 @@ _WIDGETS = {  # names of the values that older workflows list without them; None
     "CheckpointLoaderSimple": ("ckpt_name",), "EmptyLatentImage": ("width", "height", "batch_size"), "CLIPSetLastLayer": ("stop_at_clip_layer",),
     "LoraLoader": ("lora_name", "strength_model", "strength_clip"), "LoraLoaderModelOnly": ("lora_name", "strength_model"),
     "LoadImage": ("image",), "ConditioningZeroOut": (), "LatentUpscale": ("upscale_method", "width", "height", "crop"),
-    "LatentUpscaleBy": ("upscale_method", "scale_by"), "ImageScale": ("upscale_method", "width", "height", "crop"), "ImageScaleBy": ("upscale_method", "scale_by"),
+    "LatentUpscaleBy": ("upscale_method", "scale_by"), "ImageScale": ("upscale_method", "width", "height", "crop"),
+    "ImageScaleBy": ("upscale_method", "scale_by"),
     "ControlNetLoader": ("control_net_name",), "PrimitiveNode": ("value",), "VAELoader": ("vae_name",), "RescaleCFG": ("multiplier",),
 }
 

@@ -13,9 +13,11 @@ from latentgen.run.foreign_fields import Found, number, whole
 WORDS = {"latent": "Latent", "latent_bicubic": "Latent (bicubic)", "latent_nearest": "Latent (nearest-exact)", "lanczos": "Lanczos",
          "nearest": "Nearest"}  # ours -> A1111's
 _NAMES = {plain(theirs): (ours, "") for ours, theirs in WORDS.items()} | {  # theirs -> (ours, what differs)
-    "latentantialiased": ("latent", ""), "latentbicubicantialiased": ("latent_bicubic", "by another cubic curve"), "latentnearest": ("latent_nearest", ""),
+    "latentantialiased": ("latent", ""), "latentbicubicantialiased": ("latent_bicubic", "by another cubic curve"),
+    "latentnearest": ("latent_nearest", ""),
     "none": ("lanczos", "")}
-_LATENT = {"bilinear": ("latent", ""), "nearestexact": ("latent_nearest", ""), "bicubic": ("latent_bicubic", ""), "area": ("latent_nearest", "it takes the mean of areas"),
+_LATENT = {"bilinear": ("latent", ""), "nearestexact": ("latent_nearest", ""), "bicubic": ("latent_bicubic", ""),
+           "area": ("latent_nearest", "it takes the mean of areas"),
            "bislerp": ("latent", "it goes along the sphere")}  # ComfyUI's, for latents
 _PIXELS = {"lanczos": ("lanczos", ""), "nearestexact": ("nearest", "")}  # and for pictures
 _READ = ("Hires upscale", "Hires resize", "Hires upscaler", "Hires steps")
@@ -50,7 +52,8 @@ def take_upscaler(found: Found, name: Any, *, of: str = "a1111") -> None:
         of: whose name it is: "a1111", or of ComfyUI "latents" or "pixels".
     """
     table, other = {"a1111": (_NAMES, "lanczos"), "latents": (_LATENT, "latent"), "pixels": (_PIXELS, "lanczos")}[of]
-    ours, differs = table.get(plain(str(name)[:80]), (other, "it is a network of its own, which is not loaded" if of == "a1111" else "it is another filter"))
+    ours, differs = table.get(plain(str(name)[:80]),
+                              (other, "it is a network of its own, which is not loaded" if of == "a1111" else "it is another filter"))
     found.take("upscaler", ours)
     if differs:
         found.note(f"upscaler {str(name)[:60]!r} is {ours} here ({UPSCALERS[ours].about}): {differs}")

@@ -15,13 +15,16 @@ from latentgen.diffusion.sample import SAMPLERS
 from latentgen.errors import RequestError
 from latentgen.run.foreign_fields import Found, base_name, number, whole
 
-_SAMPLING = {"Sigma churn": ("s_churn", number), "Sigma tmin": ("s_tmin", number), "Sigma tmax": ("s_tmax", number), "Sigma noise": ("s_noise", number),
+_SAMPLING = {"Sigma churn": ("s_churn", number), "Sigma tmin": ("s_tmin", number), "Sigma tmax": ("s_tmax", number),
+             "Sigma noise": ("s_noise", number),
              "UniPC order": ("order", whole), "UniPC variant": ("variant", str)}  # setting -> (option of some samplers, its kind)
-_THRESHOLDING = ("Dynamic thresholding enabled", "Mimic scale", "Separate Feature Channels", "Scaling Startpoint", "Variability Measure", "Interpolate Phi",
+_THRESHOLDING = ("Dynamic thresholding enabled", "Mimic scale", "Separate Feature Channels", "Scaling Startpoint", "Variability Measure",
+                 "Interpolate Phi",
                  "Threshold percentile", "CFG mode", "CFG scale minimum", "Mimic mode", "Mimic scale minimum")  # one extension's
 _WORDS = {"Template": "the prompt is", "Negative Template": "the negative prompt is", "Wildcard prompt": "the prompt is", "Styles": "the text is"}
 _AS_HERE = {"Pad conds": "True", "Noise Schedule": "Default", "Tiling": "False"}  # settings that say what is so here
-_SILENT = ("Created Date", "Backend", "Pipeline", "User", "Operations", "Parser", "Hashes", "RNG", "Civitai metadata")  # nothing more about the picture
+_SILENT = ("Created Date", "Backend", "Pipeline", "User", "Operations", "Parser", "Hashes", "RNG",
+           "Civitai metadata")  # nothing more about the picture
 _LOADED = ("Lora hashes", "TI hashes", "TI", "Hypernet", "Hypernet strength", "VAE", "VAE Encoder", "VAE Decoder", "Refiner", "Refiner switch at",
            "Hypernet hash")
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
 
-_NUMBERS = {"steps": ("steps", whole), "cfgscale": ("guidance_scale", number), "seed": ("seed", whole), "width": ("width", whole), "height": ("height", whole),
+_NUMBERS = {"steps": ("steps", whole), "cfgscale": ("guidance_scale", number), "seed": ("seed", whole), "width": ("width", whole),
+            "height": ("height", whole),
             "sigmashift": ("shift", number), "initimagecreativity": ("strength", number), "variationseedstrength": ("variation_strength", number)}
 _SEAMLESS = {"true": "both", "x-only": "x", "y-only": "y"}
-_READ = {*_NUMBERS, "prompt", "negativeprompt", "model", "sampler", "scheduler", "comfyuisampler", "comfyuischeduler", "variationseed", "clipstopatlayer",
+_READ = {*_NUMBERS, "prompt", "negativeprompt", "model", "sampler", "scheduler", "comfyuisampler", "comfyuischeduler", "variationseed",
+         "clipstopatlayer",
          "seamlesstileable", "fluxguidancescale", "initimage", "maskimage", "loras", "loraweights"}
 _SILENT = {"swarm_version", "date", "generation_time", "aspectratio", "automaticvae", "images", "nopreviews", "imageformat", "donotsave", "batchsize",
            "wildcardseed", "outputintermediateimages"}  # they say nothing of one picture
@@ -44,7 +46,8 @@ def from_swarm(data: Mapping[str, Any]) -> Foreign | None:
 
 def _rest(said: Mapping[str, Any], found: Found) -> None:
     """A note on each network beside the model, and on each setting without an equivalent."""
-    loras, weights = (said.get(name) if isinstance(said.get(name), list) else [said[name]] if said.get(name) else [] for name in ("loras", "loraweights"))
+    loras, weights = (said.get(name) if isinstance(said.get(name), list) else [said[name]] if said.get(name) else []
+                      for name in ("loras", "loraweights"))
     for at, name in enumerate(loras[:20]):
         found.note(f"LoRA {base_name(name)!r} at {str(weights[at] if at < len(weights) else 1)[:20]} was used, which is not loaded here")
     for name, value in said.items():

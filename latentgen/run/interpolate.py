@@ -65,7 +65,8 @@ class Film:
             yield from self.made
             return
         old = [name is not None and name.is_file() for name in self._files()]
-        results = run_all(self.pipe, [request for request, there in zip(self.requests, old, strict=True) if not there], total=self.steps, on_step=self.on_step)
+        results = run_all(self.pipe, [request for request, there in zip(self.requests, old, strict=True) if not there], total=self.steps,
+                          on_step=self.on_step)
         for name, recipe, there in zip(self._files(), self.recipes, old, strict=True):
             image = _kept(name, recipe) if there and name else next(results).image
             if name is not None and not there:
@@ -171,7 +172,8 @@ def between(a: Request, b: Request, share: float) -> Request:
             changes[name] = one + (other - one) * share
         else:
             cure = "say it in both" if name in NUMBERS else "say the same in both"
-            raise RequestError(f"{name} differs between two keyframes and has no way between: only prompt, seed and numbers with a point that both say "
+            raise RequestError(f"{name} differs between two keyframes and has no way between: only prompt, "
+                               "seed and numbers with a point that both say "
                                f"({', '.join(NUMBERS[:4])} ...) have one, so {cure}")
     return a.replace(**changes)
 
@@ -213,7 +215,8 @@ def _finished(pipe: Pipeline, key: Request, n: int) -> Request:
 
 def _check_free(a: Request, b: Request, first: str, second: str, name: str) -> None:
     if any(getattr(key, field) is not None for key in (a, b) for field in (first, second)):
-        raise RequestError(f"{name} differs between two keyframes and one of them says {first} or {second}, which frames between them need: leave those out")
+        raise RequestError(f"{name} differs between two keyframes and one of them says {first} or {second}, "
+                           "which frames between them need: leave those out")
 
 
 def _same(one: Any, other: Any) -> bool:

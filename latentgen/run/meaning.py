@@ -45,7 +45,8 @@ def planned(request: Request, family: Family, tokenizers: Mapping[str, Tokens], 
     if len(plans) == 1:
         return replace(plans[0], notes=tuple(dict.fromkeys(notes)))
     passes = max(plans, key=lambda plan: plan.evaluations).passes
-    return replace(plans[0], request=now, noise=seeds_of(now, family.latent, lambda problem: None), rows=1, passes=passes, notes=tuple(dict.fromkeys(notes)),
+    return replace(plans[0], request=now, noise=seeds_of(now, family.latent, lambda problem: None), rows=1, passes=passes,
+                   notes=tuple(dict.fromkeys(notes)),
                    origin={}, pictures=tuple(plans))
 
 
@@ -75,7 +76,8 @@ def meant(request: Request, notes: list[str]) -> Request:
     if request.styles or request.styles_file is not None:
         changes |= _styled(request) | {"styles": (), "styles_file": None}
     if request.wildcards and request.dialect == "plain":
-        _contradiction(request, "wildcards is given but in the dialect 'plain' nothing is syntax: use dialect='a1111' or 'comfy', or leave wildcards out", notes)
+        _contradiction(request, "wildcards is given but in the dialect 'plain' nothing is syntax: "
+                                "use dialect='a1111' or 'comfy', or leave wildcards out", notes)
     return request.replace(**changes) if changes else request
 
 
@@ -115,7 +117,8 @@ def _pictures(request: Request, family: Family, notes: list[str]) -> list[tuple[
 def _styled(request: Request) -> dict[str, str]:
     """The texts of a request with its styles laid over them."""
     if request.styles_file is None:
-        raise RequestError(f"the style {request.styles[0]!r:.60} is asked for but there is no file of styles: pass styles_file, a TOML with a table for each")
+        raise RequestError(f"the style {request.styles[0]!r:.60} is asked for but there is no file of styles: pass styles_file, "
+                           "a TOML with a table for each")
     known = read_styles(Path(request.styles_file))
     if not request.styles:
         there = ", ".join(map(repr, sorted(known)))[:200] or "none"

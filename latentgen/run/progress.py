@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """A context that shows one bar; `shown` None means: only where a person watches. total: steps, where they are not those of the plan alone. done: of them, made before."""
+    """A context that shows one bar; `shown` None means: only where a person watches. total: steps, where they are not those of the plan alone.
+    done: of them, made before."""
 
     def __init__(self, plan: Plan, shown: bool | None, *, total: int | None = None, done: int = 0) -> None:
         self._bar: Any = None

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 STAGES: tuple[Stage, ...] = ("text", "encoder", "denoiser", "decoder")
 KEPT = 64  # rehearsals that a process remembers
-SAID = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask", "reference", "latents",
+SAID = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask", "reference",
+        "latents",
         "steps", "guidance_scale", "strict")  # what of a request changes no shape, or shows in the plan
 
 

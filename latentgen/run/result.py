@@ -75,7 +75,8 @@ class Result:
         target = Path(path)
         several = len(self.images) > 1
         names = [target.parent / f"{target.stem}-{n}{target.suffix}" if several else target for n in range(1, len(self.images) + 1)]
-        return [save_image(image, name, metadata=self.metadata(n), quality=quality) for n, (image, name) in enumerate(zip(self.images, names, strict=True))]
+        return [save_image(image, name, metadata=self.metadata(n), quality=quality)
+                for n, (image, name) in enumerate(zip(self.images, names, strict=True))]
 
     def metadata(self, n: int) -> dict[str, str]:
         """What the file of picture n (from 0) says of how it was made."""

@@ -69,7 +69,8 @@ def _each(name: str, said: int | tuple[int, ...] | None, batch: int, *, counting
         return said
     first = secrets.randbits(32) if said is None else said
     if counting and first + batch > 2**63:
-        raise RequestError(f"{name} is {first} with a batch of {batch}: picture i has {name} + i, which may not pass 2**63 - 1, so give a smaller one")
+        raise RequestError(f"{name} is {first} with a batch of {batch}: picture i has {name} + i, "
+                           "which may not pass 2**63 - 1, so give a smaller one")
     return tuple(range(first, first + batch)) if counting else (first,) * batch
 
 

@@ -59,7 +59,8 @@ def check_room(recipe: Mapping[str, Any], what: str) -> None:
     """RequestError where a joined recipe will not fit into a file."""
     letters = len(json.dumps(recipe, ensure_ascii=False)) + ROOM * len(recipe["cells"])
     if letters > MAX_TEXT:
-        raise RequestError(f"the recipe of {what} would have {letters:,} letters and a file keeps {MAX_TEXT:,}: make fewer pictures at once, or shorten the prompts")
+        raise RequestError(f"the recipe of {what} would have {letters:,} letters and a file keeps {MAX_TEXT:,}: "
+                           "make fewer pictures at once, or shorten the prompts")
 
 
 def kept_picture(path: Path, recipe: Mapping[str, Any]) -> Image.Image | None:

@@ -1,4 +1,5 @@
-"""Sizes: of the picture that is denoised, of its source, and of what comes back. Knows pictures, a LatentSpec and a family's own size; runs nothing."""
+"""Sizes: of the picture that is denoised, of its source, and of what comes back. Knows pictures, a LatentSpec and a family's own size; runs
+nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def open_references(request: Request, family: Family) -> tuple[Image.Image, ...]
     if request.reference is not None and not given:
         raise RequestError("reference holds no picture: pass one, or leave it out")
     if given and not family.references:
-        raise RequestError(f"reference is given but {family.name} does not look at pictures: redraw it with img2img (image=), or load a model for editing by instruction")
+        raise RequestError(f"reference is given but {family.name} does not look at pictures: redraw it with img2img (image=), "
+                           "or load a model for editing by instruction")
     if len(given) > family.references:
         raise RequestError(f"reference holds {len(given)} pictures but {family.name} looks at {family.references} at most: give fewer")
     if family.task == "edit" and not given:
@@ -58,7 +60,8 @@ def sized(request: Request, family: Family, references: tuple[Image.Image, ...])
             width, height = (side * spec.factor for side in (request.latents.shape[3], request.latents.shape[2]))
         width, height = request.width or width, request.height or height
         if request.latents is not None and tuple(request.latents.shape[1:]) != spec.shape(width, height):
-            raise RequestError(f"latents have shape {tuple(request.latents.shape)}: expected (batch, {', '.join(map(str, spec.shape(width, height)))}) "
+            raise RequestError(f"latents have shape {tuple(request.latents.shape)}: expected (batch, "
+                               f"{', '.join(map(str, spec.shape(width, height)))}) "
                                f"for {width}x{height} pixels of this model")
         spec.shape(width, height)
         check_area(width, height)
@@ -70,7 +73,8 @@ def sized(request: Request, family: Family, references: tuple[Image.Image, ...])
         if request.width or request.height or request.mask is not None:
             raise RequestError("outpaint takes its size from the image and left/right/top/bottom: leave width, height and mask out")
         check_area(image.width + request.left + request.right, image.height + request.top + request.bottom)
-        image, drawn = canvas(image, left=request.left, right=request.right, top=request.top, bottom=request.bottom, multiple=1, feather=request.feather)
+        image, drawn = canvas(image, left=request.left, right=request.right, top=request.top, bottom=request.bottom, multiple=1,
+                              feather=request.feather)
         mask: Tensor | None = open_mask(drawn, image.size)
     else:
         image = _resized(image, request, spec)

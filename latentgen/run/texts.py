@@ -89,7 +89,8 @@ def resolved(request: Request) -> Rule:
 
 def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens], *, steps: int, guided: bool, refuse: Callable[[str], None],
                notes: list[str], empty: bool = False) -> tuple[PlannedText, PlannedText, PlannedText | None]:
-    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used, and the empty one where it is asked for.
+    """Both texts as every encoder reads them, with as many chunks of one as of the other where both are used, and the empty one where it is asked
+    for.
 
     Args:
         steps: of the whole run, of which an edit runs the last ones.
@@ -120,7 +121,8 @@ def plan_texts(request: Request, family: Family, tokenizers: Mapping[str, Tokens
     if share == 1:  # the other end, exactly as if it were said alone
         prompt, towards = towards, None
     nothing = parse("", request.dialect)  # type: ignore[arg-type]
-    silence = PlannedText("", nothing, laid_spans(nothing, tokenizers, steps=steps, name="the empty prompt", strict=request.strict, notes=[])) if empty else None
+    silence = PlannedText("", nothing,
+                          laid_spans(nothing, tokenizers, steps=steps, name="the empty prompt", strict=request.strict, notes=[])) if empty else None
     used = [prompt, *([negative] if guided else []), *([silence] if silence else []), *([towards] if towards else [])]
     used = [replace(text, spans=spans) for text, spans in zip(used, level_spans([text.spans for text in used], tokenizers), strict=True)]
     prompt, negative, silence = used[0], used[1] if guided else negative, used[2] if silence else None
@@ -146,12 +148,16 @@ def _share(request: Request, refuse: Callable[[str], None]) -> float:
 def _check_blend(prompt: PlannedText, towards: PlannedText) -> None:
     """RequestError where there is no way between two texts."""
     if prompt.composed > 1 or towards.composed > 1:
-        raise RequestError("prompt or blend_prompt joins prompts by AND, and only one text can be turned towards one: write them without AND, or leave blend_prompt out")
-    lengths = [{reader: {len(row) for row in chunks.ids} for span in text.spans for reader, chunks in span.conjuncts[0].chunks.items()} for text in (prompt, towards)]
+        raise RequestError("prompt or blend_prompt joins prompts by AND, and only one text can be turned towards one: write them without AND, "
+                           "or leave blend_prompt out")
+    lengths = [{reader: {len(row) for row in chunks.ids} for span in text.spans for reader, chunks in span.conjuncts[0].chunks.items()}
+               for text in (prompt, towards)]
     for reader, own in lengths[0].items():
         if own != lengths[1][reader]:
-            raise RequestError(f"prompt has {max(own)} tokens for {reader} and blend_prompt {max(lengths[1][reader])}, and this model reads each text at its own "
-                               "length, so that no token of one stands for one of the other: write texts of as many tokens, or leave blend_prompt out")
+            raise RequestError(f"prompt has {max(own)} tokens for {reader} and blend_prompt {max(lengths[1][reader])}, "
+                               "and this model reads each text at its own "
+                               "length, so that no token of one stands for one of the other: write texts of as many tokens, "
+                               "or leave blend_prompt out")
 
 
 def explain_text(request: Request, tokenizers: Mapping[str, Tokens], *, steps: int) -> Explanation:

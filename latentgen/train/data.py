@@ -77,7 +77,8 @@ def _without_faults(listed: list[Icon], pixels: np.ndarray) -> tuple[list[Icon],
     return kept, rows
 
 
-def _recolours(kept: list[Icon], rows: list[int], pixels: np.ndarray, held_out: HeldOut, tell: Callable[[str, int, int], None]) -> Iterator[tuple[Icon, np.ndarray]]:
+def _recolours(kept: list[Icon], rows: list[int], pixels: np.ndarray, held_out: HeldOut,
+               tell: Callable[[str, int, int], None]) -> Iterator[tuple[Icon, np.ndarray]]:
     """Every colour of every plain object that has one hue, each in one style. Held-out pairs are never made."""
     by_name: dict[str, list[tuple[Icon, int]]] = {}
     for icon, row in zip(kept, rows, strict=True):

@@ -61,8 +61,10 @@ def grown(inner: nn.Module, *, channels: int = OUTER) -> nn.Module:
         raise TrainingError(f"the new level has {channels} channels: expected {outermost // 2}, half of the outermost level's")
     tensors = {re.sub(r"^down_blocks\.(\d+)", lambda m: f"down_blocks.{int(m[1]) + 1}", k): v for k, v in inner.state_dict().items()}
     known = tensors.pop("time_embedding.linear_1.weight")  # cosines, then sines, of falling frequencies: half as many are every second one
-    unet = UNet2DConditionModel.from_config({**old, "sample_size": 2 * old["sample_size"], "block_out_channels": (channels, *old["block_out_channels"]),
-        "time_embedding_dim": known.shape[0], "down_block_types": ("DownBlock2D", *old["down_block_types"]), "up_block_types": (*old["up_block_types"], "UpBlock2D")})
+    unet = UNet2DConditionModel.from_config({**old, "sample_size": 2 * old["sample_size"],
+                                             "block_out_channels": (channels, *old["block_out_channels"]),
+        "time_embedding_dim": known.shape[0], "down_block_types": ("DownBlock2D", *old["down_block_types"]),
+        "up_block_types": (*old["up_block_types"], "UpBlock2D")})
     fresh = unet.state_dict()
     fits = {k: v for k, v in tensors.items() if k in fresh and fresh[k].shape == v.shape and not k.startswith("conv_")}
     unet.load_state_dict(fits | {"time_embedding.linear_1.weight": known.unflatten(1, (-1, 2)).sum(-1)}, strict=False)

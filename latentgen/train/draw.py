@@ -56,7 +56,8 @@ def draw(bodies: Sequence[dict], out: Path, *, size: int, modules: Path, process
         except Exception as error:  # handed over to the caller's thread, or rows would stay blank in silence
             faults.put(error)
 
-    threads = [threading.Thread(target=work, args=(todo[i::processes],), daemon=True) for i in range(processes)]  # daemon: Ctrl-C does not wait for them
+    threads = [threading.Thread(target=work, args=(todo[i::processes],), daemon=True)
+               for i in range(processes)]  # daemon: Ctrl-C does not wait for them
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -84,7 +85,8 @@ def _draw_with_node(rows: list[int], bodies: Sequence[dict], size: int, modules:
     while at < len(svgs):
         with resources.as_file(script) as path:
             try:
-                node = subprocess.Popen(["node", str(path)], cwd=modules.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                node = subprocess.Popen(["node", str(path)], cwd=modules.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
             except FileNotFoundError:  # no Node here
                 for row in svgs[at:]:
                     failed.put(row)

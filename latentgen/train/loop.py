@@ -79,7 +79,8 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, Batch], Mapping[str, Tensor
     feed, closing = _ahead(batches), stop or Event()
     started, saved, bad, mean = time.perf_counter(), time.perf_counter(), 0, math.nan
     used_before = state.seconds
-    bar = tqdm(total=round(budget.minutes * 60), initial=round(used_before), desc=label, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}")
+    bar = tqdm(total=round(budget.minutes * 60), initial=round(used_before), desc=label, unit="s",
+               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}")
     try:
         while state.seconds < budget.minutes * 60 and not closing.is_set():
             batch = {k: v.to(device, non_blocking=True) for k, v in next(feed).items()}
@@ -148,7 +149,8 @@ class _Run:
     def record(self, terms: dict[str, float]) -> None:
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 1), "samples": self.samples} | {k: round(v, 5) for k, v in terms.items()})
 
-    def save(self, out: Path, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer, sheet: Callable[[nn.Module], Image.Image] | None) -> None:
+    def save(self, out: Path, model: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer,
+             sheet: Callable[[nn.Module], Image.Image] | None) -> None:
         tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
         for i, slot in optimiser.state_dict()["state"].items():
             tensors |= {f"moments.{i}.{k}": v for k, v in slot.items()}

@@ -26,7 +26,8 @@ from latentgen.train.captions import HeldOut
 from latentgen.train.data import PictureSetReader, build
 from latentgen.train.loop import Budget, fit
 
-SHEET = ("red heart, flat", "grinning face, soft shaded", "evergreen tree, crisp flat", "blue car, flat", "pizza, 3d render", "cat face, glossy gradient",
+SHEET = ("red heart, flat", "grinning face, soft shaded", "evergreen tree, crisp flat", "blue car, flat", "pizza, 3d render",
+         "cat face, glossy gradient",
          "house, cartoon", "rocket, flat", "purple mushroom", "woman astronaut, crisp flat", "sun behind cloud, soft shaded", "green apple")
 
 
@@ -85,7 +86,8 @@ def train_vae(data: Path, run: Path, *, minutes: float, lr: float = 6e-4, thread
     return _keep(ema, run)
 
 
-def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threads: int | None = None, batch: int = 192, resume_from: Path | None = None) -> Path:
+def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threads: int | None = None, batch: int = 192,
+               resume_from: Path | None = None) -> Path:
     """Train the text encoder and its picture tower; returns the folder of the CLIPModel and its tokenizer.
 
     Args:
@@ -112,7 +114,8 @@ def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threa
     return _keep(text_training.to_transformers(ema), run)
 
 
-def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: float = 6e-4, batch: int = 48, threads: int | None = None, vae: Path, text: Path,
+def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: float = 6e-4, batch: int = 48, threads: int | None = None, vae: Path,
+                   text: Path,
                    start: Path | None = None, grow: bool = False, decay: float = 0.3, core: bool = False) -> Path:
     """Train the U-Net at one size; returns the folder of its weights.
 
@@ -138,7 +141,8 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
     autoencoder = AutoencoderTiny.from_pretrained(_weights(vae, "vae"), torch_dtype=torch.float32).eval().to(memory_format=torch.channels_last)
     scale = float(autoencoder.config.scaling_factor)
     rows = denoiser_training.training_rows(reader, core=core)
-    latents = denoiser_training.cache_latents(reader, rows, autoencoder, run / f"latents-{_fingerprint(autoencoder.encoder, [reader.icons[r].id for r in rows])}.npy", size=size)
+    latents = denoiser_training.cache_latents(reader, rows, autoencoder,
+                                              run / f"latents-{_fingerprint(autoencoder.encoder, [reader.icons[r].id for r in rows])}.npy", size=size)
     states, choices = denoiser_training.cache_text(reader, rows, encoder, text / "tokenizer")
     cache = denoiser_training.Cache((latents.astype(np.float32) * scale).astype(np.float16), states, choices, denoiser_training.weights(reader, rows))
     torch.manual_seed(_seed(run))
@@ -146,7 +150,8 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
     unet = denoiser_training.grown(unet) if grow else unet
     denoiser_training.explicit_attention(unet)
     sheet = denoiser_training.sheet(autoencoder, encoder, text / "tokenizer", list(SHEET), size=size, scale=scale)
-    ema = fit(unet.to(memory_format=torch.channels_last), denoiser_training.loss_function(), denoiser_training.batches(cache, batch=batch, seed=_seed(run)), run,
+    ema = fit(unet.to(memory_format=torch.channels_last), denoiser_training.loss_function(),
+              denoiser_training.batches(cache, batch=batch, seed=_seed(run)), run,
               Budget(minutes, lr=lr, decay=decay, save_minutes=5), sheet=sheet, label=f"denoiser {size} px")
     return _keep(ema, run)
 
@@ -183,7 +188,8 @@ def export(out: Path, *, text: Path, vae: Path, unet: Path, data: Path, size: in
     if not (out / "held-out.json").exists():  # `latentgen eval` reads it there
         shutil.copyfile(held_out_file(), out / "held-out.json")
     DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=denoiser_training.BETA_START, beta_end=denoiser_training.BETA_END,
-                                prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing").save_pretrained(out / "scheduler")
+                                prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                                timestep_spacing="trailing").save_pretrained(out / "scheduler")
     (out / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=1) + "\n")
     (out / "card.toml").write_text(_card(preview, size))
     return out

@@ -68,7 +68,8 @@ def corpus(reader: PictureSetReader, unseen: Collection[str] = ()) -> list[str]:
     dice = random.Random(0)
     known = {i.name.lower() for i in reader.icons if i.split != "train"} | set(unseen)
     plain = [n for n in names if "skin tone" not in n and len(n.split()) <= 3]
-    lines |= {f"{dice.choice(list(HUES))} {n}" for n in plain} | {f"a {n}" for n in plain[::3]} | {f"{a} and {b}" for a, b in zip(plain, dice.sample(plain, len(plain)), strict=True)}
+    lines |= {f"{dice.choice(list(HUES))} {n}"
+              for n in plain} | {f"a {n}" for n in plain[::3]} | {f"{a} and {b}" for a, b in zip(plain, dice.sample(plain, len(plain)), strict=True)}
     return sorted(line for line in lines if line.lower() not in known)
 
 
@@ -130,7 +131,8 @@ def tokens_of(lines: Sequence[str], folder: Path) -> np.ndarray:
     return rows
 
 
-def pairs(reader: PictureSetReader, tokenizer: Path, extra: Sequence[str], extra_targets: np.ndarray, *, batch: int = 192, seed: int = 0) -> Iterator[Batch]:
+def pairs(reader: PictureSetReader, tokenizer: Path, extra: Sequence[str], extra_targets: np.ndarray, *, batch: int = 192,
+          seed: int = 0) -> Iterator[Batch]:
     """Endless batches of pictures (96 px RGBA on white or pastel, jittered), their captions, and phrases with the teacher's vectors."""
     dice, pick = np.random.default_rng(seed), random.Random(seed)
     rows = reader.rows("train")
@@ -149,7 +151,8 @@ def pairs(reader: PictureSetReader, tokenizer: Path, extra: Sequence[str], extra
         picture = rgba[..., :3] + (255 - rgba[..., 3:]) * ground / 255
         captions = [caption(reader.icons[rows[i]], pick) for i in chosen]
         lines = dice.integers(len(extra), size=batch)
-        yield {"pixels": torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1, "tokens": torch.from_numpy(tokens_of(captions, tokenizer)),
+        yield {"pixels": torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1,
+               "tokens": torch.from_numpy(tokens_of(captions, tokenizer)),
                "extra": torch.from_numpy(extra_tokens[lines]), "targets": torch.from_numpy(extra_targets[lines])}
 
 
@@ -191,20 +194,24 @@ def loss(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 def _names() -> list[tuple[str, str]]:
     """(open_clip name, transformers name) of every tensor that is the same in both, attention's joint projections apart."""
     pairs_ = [("logit_scale", "logit_scale"), ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
-              ("positional_embedding", "text_model.embeddings.position_embedding.weight"), ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+              ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+              ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
               ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
               ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")]
-    norms = [("ln_final", "text_model.final_layer_norm"), ("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm")]
+    norms = [("ln_final", "text_model.final_layer_norm"), ("visual.ln_pre", "vision_model.pre_layrnorm"),
+             ("visual.ln_post", "vision_model.post_layernorm")]
     for ours, theirs, layers in _TOWERS:
         for n in range(layers):
             norms += [(f"{ours}.resblocks.{n}.{a}", f"{theirs}.encoder.layers.{n}.{b}") for a, b in (
-                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))]
+                ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"))]
     return pairs_ + [(f"{a}.{end}", f"{b}.{end}") for a, b in norms for end in ("weight", "bias")]
 
 
 _TOWERS = (("transformer", "text_model", TEXT_LAYERS), ("visual.transformer", "vision_model", PICTURE_LAYERS))
 _PROJECTIONS = (("text_projection", "text_projection.weight"), ("visual.proj", "visual_projection.weight"))  # transposed
-_JOINT = [(f"{a}.resblocks.{n}.attn.in_proj_{end}", f"{b}.encoder.layers.{n}.self_attn.{{}}_proj.{end}") for a, b, layers in _TOWERS for n in range(layers)
+_JOINT = [(f"{a}.resblocks.{n}.attn.in_proj_{end}", f"{b}.encoder.layers.{n}.self_attn.{{}}_proj.{end}") for a, b, layers in _TOWERS
+          for n in range(layers)
           for end in ("weight", "bias")]
 
 
@@ -217,7 +224,8 @@ def to_transformers(model: TwoTowers) -> nn.Module:
                          num_attention_heads=TEXT_HEADS, max_position_embeddings=CONTEXT, hidden_act="gelu", projection_dim=EMBED,
                          bos_token_id=VOCABULARY - 2, eos_token_id=VOCABULARY - 1, pad_token_id=VOCABULARY - 1),
         vision_config=dict(hidden_size=PICTURE_WIDTH, intermediate_size=4 * PICTURE_WIDTH, num_hidden_layers=PICTURE_LAYERS,
-                           num_attention_heads=PICTURE_WIDTH // 32, image_size=PICTURE_SIZE, patch_size=PATCH, hidden_act="gelu", projection_dim=EMBED),
+                           num_attention_heads=PICTURE_WIDTH // 32, image_size=PICTURE_SIZE, patch_size=PATCH, hidden_act="gelu",
+                           projection_dim=EMBED),
         projection_dim=EMBED)
     ours = model.clip.state_dict()
     theirs = {b: ours[a] for a, b in _names()} | {b: ours[a].T for a, b in _PROJECTIONS}

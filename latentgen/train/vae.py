@@ -1,6 +1,7 @@
 """glyph's autoencoder: factor 8, 4 latent channels, diffusers' AutoencoderTiny.
 
-Trained on crops of flat art: L1 + L2 + edges (L1 of the finite differences) + masses (L1 of 8x8 means). Latents are kept near unit variance and get a little noise on the
+Trained on crops of flat art: L1 + L2 + edges (L1 of the finite differences) + masses (L1 of 8x8 means).
+Latents are kept near unit variance and get a little noise on the
 way to the decoder, so that it forgives what a denoiser gets wrong.
 """
 

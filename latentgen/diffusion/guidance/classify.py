@@ -1,4 +1,5 @@
-"""Guidance by a gradient: a classifier's, or of anything else that says how likely a picture is. Knows x, x0 and levels; knows no network and no words."""
+"""Guidance by a gradient: a classifier's, or of anything else that says how likely a picture is. Knows x, x0 and levels; knows no network and no
+words."""
 
 from __future__ import annotations
 

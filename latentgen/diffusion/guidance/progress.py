@@ -31,7 +31,8 @@ class Progress:
         return self.first + max(0, bisect_right(self._marks, level.half_log_snr) - 1)
 
     def within(self, level: Level, start: float, end: float) -> bool:
-        """Whether the level's step is one of the share from `start` to `end` of the whole run: start * total <= step < end * total, counted from 0."""
+        """Whether the level's step is one of the share from `start` to `end` of the whole run: start * total <= step < end * total, counted from
+        0."""
         return start * self.total <= self.step(level) < end * self.total
 
     def following(self, level: Level) -> Level:

@@ -74,7 +74,8 @@ def perpendicular(x0_pos: Tensor, x0_neg: Tensor, x0_empty: Tensor, *, weight: f
 def manifold_scale(strength: float, progress: Progress) -> Callable[[Level], float]:
     """CFG++ (Chung et al. 2024, algorithm 2) as a guidance scale that changes with the level.
 
-    A step of CFG++ goes to x' = alpha' x0_strength + sigma' eps_neg, with x0_strength = x0_neg + strength * (x0_pos - x0_neg). That is the first-order
+    A step of CFG++ goes to x' = alpha' x0_strength + sigma' eps_neg, with x0_strength = x0_neg + strength * (x0_pos - x0_neg).
+    That is the first-order
     step with guidance scale strength / (1 - q), where q = (sigma' / alpha') / (sigma / alpha) is how much of the noise stays until the next level.
     """
 

@@ -46,14 +46,16 @@ LAYERS = Option("which layers", layers=True)
 
 GUIDERS: dict[str, GuiderInfo] = {
     "cfg_zero": GuiderInfo(
-        "the negative estimate is scaled to lie nearest to the positive one, and the first steps of a flow stand still", "Fan et al. 2025 (CFG-Zero*)",
+        "the negative estimate is scaled to lie nearest to the positive one, and the first steps of a flow stand still",
+        "Fan et al. 2025 (CFG-Zero*)",
         "away", {"zero_steps": Option("first steps of a run in which nothing moves", 0, 100, True)}, {"zero_steps": 1}),
     "perp_neg": GuiderInfo(
         "the negative words take nothing from what the prompt says, too", "Armandpour et al. 2023 (Perp-Neg)", "away",
         {"weight": Option("of the negative prompt", 0, 20)}, {"weight": 1.0}, 1),
     "apg": GuiderInfo(
         "only what stands upright on the estimate is guided, in steps of bounded length", "Sadat et al. 2024 (APG)", "direction",
-        {"momentum": Option("of earlier steps; below 0 it leads away from them", -0.99, 0.99), "eta": Option("share of what lies along the estimate", 0, 1),
+        {"momentum": Option("of earlier steps; below 0 it leads away from them", -0.99, 0.99),
+         "eta": Option("share of what lies along the estimate", 0, 1),
          "norm_threshold": Option("longest step, 0 for any", 0, 10_000)}, {"momentum": -0.5, "eta": 0.0, "norm_threshold": 15.0}),
     "cfg_pp": GuiderInfo(
         "the noise that stays is the negative estimate's", "Chung et al. 2024 (CFG++)", "scale",
@@ -63,10 +65,12 @@ GUIDERS: dict[str, GuiderInfo] = {
         {"scale": Option("the lower guidance scale", 0, 100), "percentile": PERCENTILE}, {"scale": 4.0, "percentile": 1.0}),
     "pag": GuiderInfo(
         "away from the network with self-attention that looks at nothing else", "Ahn et al. 2024 (PAG)", "weak",
-        {"scale": Option("how far away", 0, 100), "layers": LAYERS, "start": START, "end": END}, {"scale": 3.0, "layers": "middle", "start": 0.0, "end": 1.0}, 1),
+        {"scale": Option("how far away", 0, 100), "layers": LAYERS, "start": START, "end": END},
+        {"scale": 3.0, "layers": "middle", "start": 0.0, "end": 1.0}, 1),
     "slg": GuiderInfo(
         "away from the network with some blocks left out", "Stability AI 2024 (Stable Diffusion 3.5)", "weak",
-        {"scale": Option("how far away", 0, 100), "layers": LAYERS, "start": START, "end": END}, {"scale": 2.8, "layers": "middle", "start": 0.01, "end": 0.2}, 1),
+        {"scale": Option("how far away", 0, 100), "layers": LAYERS, "start": START, "end": END},
+        {"scale": 2.8, "layers": "middle", "start": 0.01, "end": 0.2}, 1),
     "classifier": GuiderInfo(
         "up the slope of a classifier that is given as classifier=", "Dhariwal & Nichol 2021", "slope",
         {"scale": Option("1 is Bayes' rule", 0, 1e6), "through": Option("how x0 becomes the pixels that CLIP sees", choices=("preview", "decoder")),
@@ -78,7 +82,8 @@ GUIDERS: dict[str, GuiderInfo] = {
 }
 
 ELSEWHERE = {  # what papers and other programs call them
-    "adaptive_projected_guidance": "apg", "cfg++": "cfg_pp", "cfgpp": "cfg_pp", "cfg_zero_star": "cfg_zero", "cfgzerostar": "cfg_zero", "cfg_zero*": "cfg_zero",
+    "adaptive_projected_guidance": "apg", "cfg++": "cfg_pp", "cfgpp": "cfg_pp", "cfg_zero_star": "cfg_zero", "cfgzerostar": "cfg_zero",
+    "cfg_zero*": "cfg_zero",
     "classifier_free_zero_star_guidance": "cfg_zero", "perpneg": "perp_neg", "perpnegguider": "perp_neg", "perturbedattentionguidance": "pag",
     "perturbed_attention_guidance": "pag", "skip_layer_guidance": "slg", "skiplayerguidancedit": "slg",
     "dynamic_thresholding": "dynamic_threshold", "dynthres": "mimic", "dynamicthresholdingfull": "mimic", "dynamicthresholdingsimple": "mimic",

@@ -70,10 +70,12 @@ def lms(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noise, 
 
 def deis(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noise, order: int = 3) -> Iterator[Step]:
     """DEIS (Zhang & Chen 2023, eq. 15), the log-rho kind of diffusers: eps as a polynomial in log(sigma / alpha), integrated exactly."""
-    return _adams(denoise, x, levels, order, lambda nodes, then: integrals([math.log(r) for r in nodes], math.log(nodes[0]), -then.half_log_snr, math.exp))
+    return _adams(denoise, x, levels, order,
+                  lambda nodes, then: integrals([math.log(r) for r in nodes], math.log(nodes[0]), -then.half_log_snr, math.exp))
 
 
-def _adams(denoise: Denoiser, x: Tensor, levels: Sequence[Level], order: int, weigh: Callable[[Sequence[float], Level], Sequence[float]]) -> Iterator[Step]:
+def _adams(denoise: Denoiser, x: Tensor, levels: Sequence[Level], order: int,
+           weigh: Callable[[Sequence[float], Level], Sequence[float]]) -> Iterator[Step]:
     """weigh: (ratios of this level and of those before it, the next level) -> the weight of the eps at each."""
     past: list[tuple[Tensor, float]] = []
     for index, now, then in transitions(x, levels):

@@ -68,7 +68,8 @@ def _between_levels(denoise: Denoiser, x: Tensor, x0: Tensor, levels: Sequence[L
             if last:
                 return z * math.hypot(then.alpha, then.sigma)
         step *= min(5.0, max(0.2, 0.9 * max(size, 1e-10) ** -0.2))
-    raise RequestError(f"rk45 did not reach rtol {rtol:g} and atol {atol:g} within {_MOST} tries between two levels: use larger tolerances, or rtol 0.")
+    raise RequestError(f"rk45 did not reach rtol {rtol:g} and atol {atol:g} within {_MOST} tries between two levels: "
+                       "use larger tolerances, or rtol 0.")
 
 
 def _slope(z: Tensor, x0: Tensor, level: Level) -> Tensor:

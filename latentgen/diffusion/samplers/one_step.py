@@ -138,7 +138,8 @@ def restart(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noi
     low = min((level for level in levels[1:] if level.sigma > 0), key=lambda level: abs(math.log(ratio(level) / s_low)), default=None)
     for index, now, then in transitions(x, levels):
         if low is None or ratio(low) >= s_high or s_low >= s_high:
-            raise RequestError(f"restart goes from sigma / alpha near {s_low:g} back up to {s_high:g}, and none of these {len(levels) - 1} steps ends "
+            raise RequestError(f"restart goes from sigma / alpha near {s_low:g} back up to {s_high:g}, "
+                               f"and none of these {len(levels) - 1} steps ends "
                                "between them: use more steps, or set s_low below s_high and both within the run.")
         x0, x = _trapezoid(denoise, x, now, then, "ratio")
         if then is low:
@@ -181,7 +182,8 @@ def _midpoint_slope(denoise: Denoiser, x: Tensor, x0: Tensor, now: Level, middle
     return x0 + (denoise(advance(x, x0, now, middle), middle) - x0) / fall(now, middle)
 
 
-def dpmpp_2s_ancestral(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noise, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Step]:
+def dpmpp_2s_ancestral(denoise: Denoiser, x: Tensor, levels: Sequence[Level], *, noise: Noise, eta: float = 1.0,
+                       s_noise: float = 1.0) -> Iterator[Step]:
     """DPM-Solver++(2S) (Lu et al. 2022, DPM-Solver++, algorithm 1) to k-diffusion's sigma_down, then noise. Second order at eta 0."""
     for index, now, then in transitions(x, levels):
         x0 = x0_middle = denoise(x, now)

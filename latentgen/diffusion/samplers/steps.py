@@ -93,7 +93,8 @@ def first_order(now: Level, then: Level) -> bool:
 def path_of(levels: Sequence[Level]) -> NoisePath:
     """The path that a run's levels lie on; RequestError where they do not know it."""
     if not isinstance(levels, Levels) or levels.path is None:
-        raise RequestError("this sampler asks between the levels, and these do not know their path: pass what spacing() gives, or Levels(levels, path).")
+        raise RequestError("this sampler asks between the levels, and these do not know their path: "
+                           "pass what spacing() gives, or Levels(levels, path).")
     return levels.path
 
 

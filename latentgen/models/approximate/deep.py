@@ -110,7 +110,8 @@ def deep_cached(net: nn.Module, asked: Asked, tally: Tally, *, interval: int, la
     below = up[-1].resnets[first - 1] if first else up[-2].resnets[-1]
     held = {f"down_blocks.{n}" for n in range(1, len(down))} | {f"up_blocks.{n}" for n in range(len(up) - 1)} | {"mid_block"}
     held |= {f"{top}.{kind}.{n}" for kind in ("resnets", "attentions") for n in range(first)}
-    held |= {f"down_blocks.0.{kind}.{n}" for kind in ("resnets", "attentions") for n in range(layers - 1, len(down[0].resnets))} | {"down_blocks.0.downsamplers.0"}
+    held |= {f"down_blocks.0.{kind}.{n}" for kind in ("resnets", "attentions")
+             for n in range(layers - 1, len(down[0].resnets))} | {"down_blocks.0.downsamplers.0"}
     shallow = {f"{top}.{kind}.{n}" for kind in ("resnets", "attentions") for n in range(first, most)}
     shallow |= {f"down_blocks.0.{kind}.{n}" for kind in ("resnets", "attentions") for n in range(layers - 1)}
 

@@ -1,4 +1,5 @@
-"""What an approximation keeps from call to call of one run, apart for every side of guidance and every picture. Knows what is asked; knows no module."""
+"""What an approximation keeps from call to call of one run, apart for every side of guidance and every picture.
+Knows what is asked; knows no module."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The blocks of a transformer as one stack, of which a call may leave some out: first-block cache, a cache like TeaCache, and TaylorSeer.
 
-What is left out is replaced by the change that the blocks made before: x + (what the stack gave - x), as it was, or as a polynomial in time foretells.
+What is left out is replaced by the change that the blocks made before: x + (what the stack gave - x), as it was, or as a polynomial in time
+foretells.
 Knows blocks by the names of their streams; knows no family, prompt or sampler.
 """
 

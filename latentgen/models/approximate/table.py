@@ -1,4 +1,5 @@
-"""The table of approximations: what each is called, takes, and which networks have what it needs. Knows networks' kinds by their classes; no family."""
+"""The table of approximations: what each is called, takes, and which networks have what it needs. Knows networks' kinds by their classes; no
+family."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ INTERVAL = Option("of this many calls one is computed in full", 1, 20, whole=Tru
 APPROXIMATIONS: dict[str, Approximation] = {
     "first_block": Approximation(
         _first_block, "all blocks but the first are left out where that one changes its input nearly as before", "Cheng et al. 2025 (ParaAttention)",
-        "transformer", "block passes", "stack", {"threshold": Option("relative change under which the rest is left out; 0 leaves nothing out", 0, 1)}, True),
+        "transformer", "block passes", "stack", {"threshold": Option("relative change under which the rest is left out; 0 leaves nothing out", 0, 1)},
+        True),
     "tea_cache": Approximation(
         _tea_cache, "all blocks are left out until what the first reads has drifted far enough; without the paper's fitted polynomials",
         "Liu et al. 2024 (TeaCache)", "transformer", "block passes", "stack",
@@ -99,7 +101,8 @@ APPROXIMATIONS: dict[str, Approximation] = {
     "token_merging": Approximation(
         _token_merging, "self-attention reads tokens that are alike as one", "Bolya and Hoffman 2023 (ToMe for SD)", "unet",
         "tokens of self-attention", "tokens", {"ratio": Option("share of the tokens that is merged; 0 merges none", 0, 0.75),
-                                               "deepest": Option("merge where the grid is at most so much smaller than the largest that has attention", 1, 8, whole=True)}),
+                                               "deepest": Option("merge where the grid is at most so much smaller than the "
+                                                                 "largest that has attention", 1, 8, whole=True)}),
 }
 Chosen = Mapping[str, Mapping[str, Any]]
 
@@ -117,7 +120,8 @@ def approximation(name: str) -> Approximation:
     """
     if name not in APPROXIMATIONS:
         near = difflib.get_close_matches(name, APPROXIMATIONS, 1, cutoff=0.5)
-        raise RequestError(f"{name!r:.60} is no approximation: " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(APPROXIMATIONS)}"))
+        raise RequestError(f"{name!r:.60} is no approximation: " + (f"did you mean {near[0]!r}?" if near
+                                                                    else f"there are {', '.join(APPROXIMATIONS)}"))
     return APPROXIMATIONS[name]
 
 
