@@ -51,6 +51,12 @@ def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, pr
     """
 
     def shown(ask: Estimate, x: Tensor, level: Level, said: Sequence[Conditioning], together: bool) -> tuple[Tensor, ...]:
+        """x0 with each conditioning, by this process or by several."""
+        if plan.split is None or len(said) == 1:
+            return computed(ask, x, level, said, together)
+        return plan.split.shared(lambda own: computed(ask, x, level, [said[n] for n in own], together), len(said), like=x)
+
+    def computed(ask: Estimate, x: Tensor, level: Level, said: Sequence[Conditioning], together: bool) -> tuple[Tensor, ...]:
         """x0 with each conditioning."""
         rows = []
         for n, part in enumerate(x.split(plan.rows)):

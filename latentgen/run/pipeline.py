@@ -108,6 +108,23 @@ class Pipeline:
         other._machine = replace(machine, tuned=read_tuned(tuned_key(self.checkpoint.digest, machine.device, machine.dtype), machine.model))
         return other
 
+    def split(self, way: str = "cfg") -> Pipeline:
+        """This pipeline as one of several processes that make each picture together: every one evaluates some sides of guidance.
+
+        All processes are given the same requests, with their seeds, and all end with the same pictures.
+
+        Args:
+            way: "cfg".
+
+        Raises:
+            RequestError: this process is in no torch.distributed group.
+        """
+        from latentgen.run.split import join_group
+
+        other = copy(self)  # weights and memory are shared
+        other._machine = replace(self._machine, split=join_group(way))
+        return other
+
     def txt2img(self, prompt: str, *, on_step: OnStep | None = None, **options: Any) -> Result:
         """Words to pictures.
 

@@ -24,6 +24,7 @@ from latentgen.run.levels import levels_of
 from latentgen.run.passes import Pass, grid_of, second_pass
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import open_references, sized
+from latentgen.run.split import Split
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
 from latentgen.run.tuned import Tuned
 
@@ -52,6 +53,7 @@ class Plan:
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
+        split: which process of several this is, where the sides of guidance are shared among them.
         weights: bytes of weights per stage, from the files' headers.
         origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.
         pictures: where wildcards gave the pictures of a batch different texts, the plan of each; () for most. Then `prompt` and `negative` are those
@@ -84,6 +86,7 @@ class Plan:
     weights: Mapping[str, int]
     notes: tuple[str, ...]
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    split: Split | None = None
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict)
     pictures: tuple[Plan, ...] = field(default=(), repr=False)
@@ -146,6 +149,7 @@ class Machine:
 
     layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError; see `latentgen.models.weaken.chosen`.
     tuned: what requests do that say no approximation of their own.
+    split: its place among processes that share the sides of guidance.
     """
 
     model: str
@@ -156,6 +160,7 @@ class Machine:
     notes: tuple[str, ...] = ()
     layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
     tuned: Tuned | None = None
+    split: Split | None = None
 
 
 def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
@@ -207,6 +212,11 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     if machine.tuned is not None and request.approximate is None:
         approximate = filled(machine.tuned.approximate)
         notes.append(str(machine.tuned))
+    if machine.split is not None and request.seed is None:
+        raise RequestError("seed is not given, and each of the processes that share this run would draw its own: give one")
+    if machine.split is not None:
+        notes.append(f"process {machine.split.rank + 1} of {machine.split.world}, which share the sides of guidance" if guided else
+                     f"there are no sides of guidance to share: each of the {machine.split.world} processes does all the work")
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
@@ -215,4 +225,4 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
-        notes=tuple(notes), approximate=approximate, references=references)
+        notes=tuple(notes), approximate=approximate, split=machine.split, references=references)
