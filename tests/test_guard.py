@@ -30,17 +30,6 @@ def swollen(folder: Path, target: Path, part: str, *, first: str, last: str) -> 
 # The pieces
 
 
-class Machine:
-    """What `once_more` asks of a residency."""
-
-    def __init__(self, dtype: torch.dtype, *, room: bool = True) -> None:
-        self.dtype, self._room = dtype, room
-
-    def room(self, stage: str, dtype: torch.dtype) -> bool:
-        assert (stage, dtype) == ("decoder", torch.float32)
-        return self._room
-
-
 def test_once_more() -> None:
     asked: list[torch.dtype] = []
 
@@ -50,17 +39,12 @@ def test_once_more() -> None:
             raise NotFiniteError("too large")
         return "fine"
 
-    half: Any = Machine(torch.float16)
-    assert once_more("it was made", compute, half, "decoder") == ("fine", ("it was made once more in float32: too large",))
+    assert once_more("it was made", compute, torch.float16) == ("fine", ("it was made once more in float32: too large",))
     assert asked == [torch.float16, torch.float32]
-    whole: Any = Machine(torch.float32)
-    assert once_more("it was made", compute, whole, "decoder") == ("fine", ())
-    for machine in (whole, half):
+    assert once_more("it was made", compute, torch.float32) == ("fine", ())
+    for dtype in (torch.float16, torch.float32):
         with pytest.raises(NotFiniteError, match="^too large$"):
-            once_more("it was made", lambda dtype: compute(torch.float16), machine, "decoder")
-    full: Any = Machine(torch.float16, room=False)
-    with pytest.raises(NotFiniteError, match="too large; there is no room .* dtype='float32' or residency='stage'"):
-        once_more("it was made", compute, full, "decoder")
+            once_more("it was made", lambda dtype: compute(torch.float16), dtype)
 
 
 def test_the_first_step_that_went_wrong_is_found() -> None:
@@ -118,7 +102,7 @@ def test_a_text_encoder_that_overflows_is_run_once_more_in_float32(tiny_folder: 
     for _ in range(2):  # the second time from the memo
         made = half.txt2img("a (cat:1.2)", weighting="comfy", steps=2, seed=0)
         assert sum(note in one for one in made.notes) == 1, made.notes
-    assert {dtype for _, dtype in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
+    assert {key[1] for key in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
 
 
 def test_a_picture_that_half_precision_flattens_is_decoded_again(tiny_folder: Path, tmp_path: Path) -> None:
@@ -200,7 +184,7 @@ def test_a_denoiser_that_overflows_is_run_once_more_in_float32(half, tiny_folder
     assert steps == [0, 1, 2, 3] * 2 and seen == [torch.float16] * 4 + [torch.float32] * 4
     assert run.result.notes == ("all steps were run once more with the denoiser in float32: the denoiser gave NaN or infinity in float16, in step 3 of 4: "
                                 "run it in float32",) and run.result.recipe["notes"] == list(run.result.notes)
-    assert {dtype for _, dtype in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
+    assert {key[1] for key in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
     # what it then does is what a float32 network does on words and pictures encoded in float16
     words = fresh(tiny_folder).stream("a cat", steps=4, seed=7, guidance_scale=1.0, **options).result
     torch.testing.assert_close(run.result.latents, words.latents, rtol=0, atol=0.05)
@@ -220,13 +204,30 @@ def test_what_float32_does_not_cure_is_an_error_that_names_the_step(half, pipe, 
         own.txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
 
 
-def test_without_room_for_float32_the_cure_is_told(half, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, _ = overflowing(half, after=2)
-    monkeypatch.setattr(type(own.residency), "room", lambda self, stage, dtype: False)
-    with pytest.raises(NotFiniteError, match="in float16, in step 3 of 4.*no room for its weights.*dtype='float32'"):
-        own.txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
-    monkeypatch.undo()
-    assert half.residency.room("denoiser", torch.float32)
+def test_room_on_a_gpu(half, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bytes for each number of the stage, beside what the device says is free and what torch holds of it unused."""
+    half.txt2img("a cat", steps=1, seed=0)
+    on_gpu = copy(half.residency)
+    on_gpu.device = torch.device("cuda")
+    with half.residency.use("denoiser") as modules:
+        need = 4 * sum(p.numel() for p in modules["unet"].parameters())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    for free, fits in ((need - 2000, True), (need - 2001, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, _free=free: (_free, 10**12))
+        assert on_gpu.room("denoiser", torch.float32) is fits
+    assert half.residency.room("denoiser", torch.float32)  # elsewhere it is tried
+
+
+def test_without_room_the_second_try_comes_block_by_block(half, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = overflowing(half, after=2)[0].txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
+    streamed: list[bool] = []
+    real = type(half.residency)._take
+    monkeypatch.setattr(type(half.residency), "room", lambda self, stage, dtype: False)
+    monkeypatch.setattr(type(half.residency), "_take", lambda self, part, key, policy: streamed.append((key[1], policy)) or real(self, part, key, policy))
+    made = overflowing(half, after=2)[0].txt2img("a cat", steps=4, seed=7, guidance_scale=1.0)
+    assert (torch.float32, "stream") in streamed and (torch.float16, "stream") not in streamed
+    same(made, whole)
 
 
 def test_an_interrupted_second_try_goes_on(half, tmp_path: Path) -> None:

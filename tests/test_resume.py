@@ -112,6 +112,50 @@ def test_more_that_may_be_said(pipe, tmp_path: Path) -> None:
         assert (state.steps, state.total) == (2, kept.plan.steps)
 
 
+@each("guiders", ["apg", {"apg": {"momentum": -0.75}, "dynamic_threshold": {}}, "pag", "cfg_zero"], ids=str)
+def test_guidance_that_remembers(pipe, guiders: Any, tmp_path: Path) -> None:
+    said = SAID | {"guiders": guiders, "guidance_scale": 4.0, "sampler": "euler_ancestral"}
+    whole, seen = asked(pipe, **said)
+    with pytest.raises(Interrupted):
+        list(stopping(pipe, len(seen) // 2 + 1).stream("a (cat:1.2)", save_state=tmp_path / "a.state", save_every=1, **said))
+    equal(pipe.resume(tmp_path / "a.state"), whole)
+
+
+@each("options", [{"upscale": 2}, {"upscale": 1.5, "upscaler": "lanczos", "upscale_steps": 3}, {"tile": 32}], ids=str)
+def test_two_passes_and_windows(pipe, options: dict, tmp_path: Path) -> None:
+    said = SAID | {"sampler": "dpmpp_2m_sde", "width": 48, "height": 48, "batch": 2} | options
+    whole, seen = asked(pipe, **said)
+    for after in (2, len(seen) - 3):
+        with pytest.raises(Interrupted):
+            list(stopping(pipe, after).stream("a (cat:1.2)", save_state=tmp_path / f"{after}.state", save_every=1, **said))
+        equal(pipe.resume(tmp_path / f"{after}.state"), whole)
+
+
+def test_a_classifier_is_asked_for(pipe, tmp_path: Path) -> None:
+    class Clean:
+        of, digest = "x0", "abc"
+
+        def __call__(self, x0: torch.Tensor, level: Any) -> torch.Tensor:
+            return -(x0 ** 2).flatten(1).sum(1)
+
+    said = SAID | {"classifier": Clean(), "guiders": {"classifier": {"scale": 0.01}}}
+    whole = pipe.txt2img("a cat", **said)
+    run = pipe.stream("a cat", save_state=tmp_path / "a.state", save_every=1, **said)
+    next(run)
+    next(run)
+    run.close()
+    with pytest.raises(RequestError, match="classifier is missing: give the one that leads the run"):
+        pipe.resume(tmp_path / "a.state")
+    other = Clean()
+    other.digest = "def"
+    with pytest.raises(RequestError, match="classifier sha256 abc .* give the same one"):
+        pipe.resume(tmp_path / "a.state", classifier=other)
+    equal(pipe.resume(tmp_path / "a.state", classifier=Clean()), whole)
+    pipe.txt2img("a cat", **SAID, save_state=tmp_path / "b.state")
+    with pytest.raises(RequestError, match="none leads the run"):
+        pipe.resume(tmp_path / "b.state", classifier=Clean())
+
+
 def test_saving_changes_nothing(pipe, tmp_path: Path) -> None:
     options = SAID | {"sampler": "euler_ancestral"}
     whole = pipe.txt2img("a cat", **options)

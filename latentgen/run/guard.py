@@ -1,21 +1,17 @@
 """Numbers that went wrong: found, named by stage, step and picture, and computed once more in float32 where that is the known cure.
 
-Knows tensors and where weights have room. Knows no request, family or sampler. Nothing here waits for a device before a stage is over.
+Knows tensors. Knows no request, family or sampler. Nothing here waits for a device before a stage is over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from latentgen.errors import NotFiniteError
-
-if TYPE_CHECKING:
-    from latentgen.models.family import Stage
-    from latentgen.run.residency import Residency
 
 T = TypeVar("T")
 FLAT = 2 / 255  # of pixels in [-1, 1]: a byte to either side of one colour
@@ -25,29 +21,21 @@ class DenoiserError(NotFiniteError):
     """The denoiser gave NaN or infinity."""
 
 
-def once_more(what: str, compute: Callable[[torch.dtype], T], residency: Residency, stage: Stage) -> tuple[T, tuple[str, ...]]:
-    """compute(dtype of the pipeline), or where that gives NaN or infinity compute(float32), with a note about it.
+def once_more(what: str, compute: Callable[[torch.dtype], T], dtype: torch.dtype) -> tuple[T, tuple[str, ...]]:
+    """compute(dtype), or where that gives NaN or infinity compute(float32), with a note about it.
 
-    what: what is done, as "the picture was decoded".  stage: whose weights it takes.
+    what: what is done, as "the picture was decoded".
 
     Raises:
-        NotFiniteError: in float32 as well, or there is no room for the weights in float32.
+        NotFiniteError: in float32 as well.
     """
     try:
-        return compute(residency.dtype), ()
+        return compute(dtype), ()
     except NotFiniteError as error:
-        if residency.dtype == torch.float32:
+        if dtype == torch.float32:
             raise
-        check_room(error, residency, stage)
         note = f"{what} once more in float32: {error}"
     return compute(torch.float32), (note,)
-
-
-def check_room(error: NotFiniteError, residency: Residency, stage: Stage) -> None:
-    """NotFiniteError where the weights of a stage have no room in float32 beside what is loaded."""
-    if not residency.room(stage, torch.float32):
-        raise NotFiniteError(f"{error}; there is no room for its weights in float32 beside what is loaded, so load the model with dtype='float32' "
-                             "or residency='stage'") from error
 
 
 class Watch:

@@ -183,18 +183,20 @@ class Pipeline:
 
         return replay(self, made, anyway=anyway, **pictures)
 
-    def resume(self, state: State | str | Path, *, on_step: OnStep | None = None, save_every: int | None = None) -> Result:
+    def resume(self, state: State | str | Path, *, on_step: OnStep | None = None, save_every: int | None = None, classifier: Any = None) -> Result:
         """An interrupted run made to its end, with the very bytes that it would have had. The file is written on, and holds the whole run in the end.
 
         Args:
             state: the file that `save_state=` named, or what `latentgen.read_state` read from it.
             on_step: called after each step that was not yet made.
             save_every: steps; None as it was.
+            classifier: that which leads the run, where one does; no file holds it.
 
         Raises:
             RequestError: the file is damaged or not the state of a run of this pipeline.
         """
-        return self._finished(self.stream(state if isinstance(state, State) else read_state(state), save_every=save_every), on_step)
+        found = state if isinstance(state, State) else read_state(state)
+        return self._finished(self.stream(found, save_every=save_every, classifier=classifier), on_step)
 
     def plan(self, request: Request | str, **options: Any) -> Plan:
         """Everything that would be done, decided without touching weights. Takes a `Request`, or a prompt with options.
@@ -225,8 +227,9 @@ class Pipeline:
         if save_every is not None and save_state is None and not isinstance(request, State):
             raise RequestError("save_every is given without save_state: name the file that keeps the run, or leave it out")
         if isinstance(request, State):
+            led = request.given(options.pop("classifier", None))
             _alone("an interrupted run", options)
-            return self._started(*resumed(self, request, save_state, save_every))
+            return self._started(*resumed(self, led, save_state, save_every))
         plan = self._planned(request, options)
         return self._started(plan, None if save_state is None else kept(self, plan, save_state, save_every))
 

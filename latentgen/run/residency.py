@@ -63,6 +63,8 @@ class Residency:
             policy: another than the pipeline's own, for this once.
         """
         dtype, policy = dtype or self.dtype, policy or self.policy
+        if dtype != self.dtype and policy not in STREAMING and stage in STREAMED and not self.room(stage, dtype):
+            policy = "stream"  # a second copy, of larger numbers, comes block by block
         parts = {p: (p.name, dtype, policy in STREAMING and stage in STREAMED) for p in self.checkpoint.family.parts if stage in p.stages}
         if policy != "resident":
             self._retire(policy, but=frozenset(parts.values()))
@@ -123,7 +125,7 @@ class Residency:
             return True
         stored = torch.finfo(self.dtype).bits // 8
         with self._lock:
-            here = {name: sum(p.numel() for p in module.parameters()) for (name, own), module in self._here.items() if own == self.dtype}
+            here = {key[0]: sum(p.numel() for p in module.parameters()) for key, module in self._here.items() if key[1] == self.dtype}
         parts = [part for part in self.checkpoint.family.parts if stage in part.stages]
         numbers = sum(here.get(part.name) or self.checkpoint.sources[part.name].weight_bytes(part) // stored for part in parts)
         spare = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from latentgen.run.result import Result
 
 
-def resume(state: State | str | Path, *, on_step: OnStep | None = None, save_every: int | None = None, progress: bool | None = None, **loading: Any) -> Result:
+def resume(state: State | str | Path, *, on_step: OnStep | None = None, save_every: int | None = None, classifier: Any = None,
+           progress: bool | None = None, **loading: Any) -> Result:
     """Load the model of an interrupted run by its name, and go on to the very bytes that the run would have ended with.
 
     Args:
         state: the file that `save_state=` named.
-        on_step, save_every, progress: as elsewhere; the file is written on.
+        on_step, save_every, classifier, progress: see `Pipeline.resume`; the file is written on.
         loading: see `latentgen.load`; device and dtype are those of the run where they are left out.
 
     Raises:
@@ -31,7 +32,7 @@ def resume(state: State | str | Path, *, on_step: OnStep | None = None, save_eve
     from latentgen.run.pipeline import load
 
     found = state if isinstance(state, State) else read_state(state)
-    return load(named_model(found), progress=progress, **as_it_was(found) | loading).resume(found, on_step=on_step, save_every=save_every)
+    return load(named_model(found), progress=progress, **as_it_was(found) | loading).resume(found, on_step=on_step, save_every=save_every, classifier=classifier)
 
 
 def named_model(state: State) -> str:

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,17 @@ class State:
     every: int = EVERY
     path: Path | None = None
 
+    def given(self, classifier: Any) -> State:
+        """The same with what leads the run, which no file holds.
+
+        Raises:
+            RequestError: it is missing, or none leads the run.
+        """
+        led = "classifier" in Recipe(self.recipe).needs
+        if (classifier is not None) is led:
+            return replace(self, pictures={**self.pictures, "classifier": classifier}) if led else self
+        raise RequestError("classifier is missing: give the one that leads the run" if led else "classifier is given but none leads the run: leave it out")
+
     def request(self) -> Request:
         """The request that was interrupted.
 
@@ -82,7 +93,7 @@ class State:
         Raises:
             RequestError: it is another.
         """
-        for name, cure in (SAME | {name: "the file was altered" for name in now if name.endswith("_sha256") and name not in SAME}).items():
+        for name, cure in (SAME | {name: "give the same one" if name == "classifier_sha256" else "the file was altered" for name in now if name.endswith("_sha256") and name not in SAME}).items():
             then = self.recipe.get(name)
             if then != now.get(name):
                 raise RequestError(f"the run was begun with {name.replace('_', ' ')} {str(then)[:40]} and here it would be {str(now.get(name))[:40]}: {cure}, "
@@ -162,7 +173,7 @@ class Keeper:
         if state.path is None or len(record.answers) == self._saved:
             return
         tensors = {f"answer.{n:06}{LAST * _is_last(answer)}": answer.contiguous() for n, answer in enumerate(record.answers)}
-        for name, given in state.pictures.items():
+        for name, given in ((name, given) for name, given in state.pictures.items() if name != "classifier"):
             for n, one in enumerate(given if isinstance(given, list) else [given]):
                 tensors[f"{name}.{n:06}"] = torch.from_numpy(np.array(one)) if isinstance(one, Image.Image) else one.detach().cpu().contiguous()
         data = {"format": FORMAT, "recipe": dict(self._recipe()), "steps": max(self._steps, state.steps), "total": total, "every": state.every, "asked": record.asked}
@@ -232,7 +243,7 @@ def read_state(path: str | Path) -> State:
         pictures = _given(tensors)
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise RequestError(f"the file {file.name!r} is damaged ({str(error).splitlines()[0]:.200}): start the run anew") from error
-    if missing := [name for name in Recipe(said["recipe"]).needs if name not in pictures]:
+    if missing := [name for name in Recipe(said["recipe"]).needs if name not in pictures and name != "classifier"]:
         raise RequestError(f"the file {file.name!r} is damaged (the {missing[0]} is missing): start the run anew")
     if len(answers) != len(said["asked"]):
         raise RequestError(f"the file {file.name!r} is damaged ({len(answers)} of {len(said['asked'])} answers are there): start the run anew")

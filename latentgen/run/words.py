@@ -183,4 +183,4 @@ class Speaker:
             check_words(heard, made.tokens, made.pooled, dtype)
             return made
 
-        return once_more("the words were encoded", encoded, self.residency, "text")
+        return once_more("the words were encoded", encoded, self.residency.dtype)

@@ -34,7 +34,7 @@ from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.mask import paste_back
 from latentgen.pixels.upscale import UPSCALERS, larger_latents, larger_pixels
 from latentgen.run.denoising import network, worded
-from latentgen.run.guard import DenoiserError, Watch, check_room, even, flat, named, once_more, pictures_named
+from latentgen.run.guard import DenoiserError, Watch, even, flat, named, once_more, pictures_named
 from latentgen.run.guiding import OPTIONS
 from latentgen.run.memo import Memo
 from latentgen.run.passes import Pass
@@ -86,7 +86,6 @@ class Work:
         except DenoiserError as error:
             if self.precise == torch.float32:
                 raise
-            check_room(error, self.residency, "denoiser")
             note = f"all steps were run once more with the denoiser in float32: {error}"
         self.savings.clear()
         return (yield from replace(self, precision=torch.float32, plan=replace(self.plan, notes=(*self.plan.notes, note))).steps())
@@ -159,7 +158,7 @@ class Work:
                 return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, call=self.family.vae_encode)
 
         key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile)
-        z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency, "encoder"), lambda made: [made[0]])
+        z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency.dtype), lambda made: [made[0]])
         self.notes.extend(said)
         return z0
 
@@ -230,7 +229,7 @@ class Work:
             with self.residency.use("decoder", dtype=dtype) as modules:
                 return torch.cat([decode(modules["vae"], part, self.family.latent, tile=one.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
 
-        pixels, said = once_more("the picture was decoded", decoded, self.residency, "decoder")
+        pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
         self.notes.extend(said)
         return self.seen(one, z, pixels, partial(decoded, torch.float32))
 
