@@ -15,12 +15,13 @@ from latentgen.run.foreign import Foreign, from_diffusers, read_foreign
 from latentgen.run.foreign_comfy import from_prompt
 from latentgen.run.foreign_invoke import from_invoke, from_old_invoke
 from latentgen.run.foreign_swarm import from_swarm
+from latentgen.run.parameters import write_parameters
 from latentgen.run.request import Request
 
 LINE = "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, RNG: CPU"
 MORE = {  # what A1111, Forge and common extensions write beside the usual
     "ENSD": "31337", "Face restoration": "CodeFormer", "FP8 weight": "Enable", "Cache FP16 weight for LoRA": "True", "Conditional mask weight": "0.5",
-    "Token merging ratio": "0.4", "Token merging ratio hr": "0.5", "NGMS": "0.3", "Skip Early CFG": "0.1", "Pad conds v0": "True",
+    "Token merging ratio hr": "0.5", "NGMS": "0.3", "Skip Early CFG": "0.1", "Pad conds v0": "True",
     "Noise Schedule": "Zero Terminal SNR", "Downcast alphas_cumprod": "True", "Old prompt editing timelines": "True", "SGM noise multiplier": "True",
     "Discard penultimate sigma": "True", "Schedule min sigma": "0.1", "Schedule max sigma": "10", "Schedule rho": "5", "Beta schedule alpha": "0.5",
     "DDIM Discretize": "quad", "UniPC skip type": "logSNR", "Noise multiplier": "0.9", "Extra noise": "0.1", "Color correction": "True",
@@ -54,6 +55,17 @@ def test_emphasis(said: str, prompt: str, expected: dict[str, str], words: tuple
     fields(found, prompt=prompt, steps=20, sampler="euler", spacing="normal", guidance_scale=7.0, seed=1, **expected)
     assert len(found.notes) == len(words)
     noted(found, *words)
+
+
+@pytest.mark.parametrize(("said", "text"), [({"dialect": "plain"}, "None"), ({"dialect": "a1111", "weighting": "a1111_no_norm"}, "No norm"),
+                                            ({"dialect": "a1111", "weighting": "a1111"}, None)])
+def test_our_own_text_says_how_brackets_were_read(said: dict[str, str], text: str | None) -> None:
+    recipe = {"prompt": "a (fox:1.2)", "steps": 9, "sampler": "euler", "seed": 1, "guidance_scale": 2.0, **said}
+    found = read_foreign({"parameters": write_parameters(recipe)})
+    assert found is not None and (f"Emphasis: {text}" in write_parameters(recipe) if text else "Emphasis" not in write_parameters(recipe))
+    request = found.request(strict=False)
+    assert request.dialect == said["dialect"] and request.weighting == (said.get("weighting") if text == "No norm" else None)
+    assert "Emphasis" not in write_parameters(recipe | {"prompt": "a fox"})
 
 
 def test_settings_of_samplers() -> None:

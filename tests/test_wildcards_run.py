@@ -132,6 +132,17 @@ def test_old_recipes_and_those_of_others_draw_nothing() -> None:
     assert Foreign("A1111", {"prompt": "{a|b}"}).request().wildcards is False
 
 
+def test_a_file_from_elsewhere_names_no_place_that_is_read(pipe, lists: Path) -> None:
+    """A picture from anywhere may claim to have been made with a folder or file of this machine: neither is looked at."""
+    from latentgen.run.recipe import Recipe
+
+    recipe = Recipe({"prompt": "a __animal__", "dialect": "a1111", "wildcards": str(lists), "styles": ["flat"], "styles_file": str(lists / "styles.toml")})
+    request = recipe.request()
+    assert (request.wildcards, request.styles, request.styles_file) == (False, (), None) and not {"wildcards", "styles", "styles_file"} & {*recipe.fields}
+    assert pipe.plan(request).prompt.text == "a __animal__"
+    assert pipe.plan(recipe.request(wildcards=lists, seed=1)).prompt.text == expand("a __animal__", seed=1, folder=lists).text  # where the caller says so
+
+
 def test_styles(pipe, lists: Path) -> None:
     styles = {"styles_file": str(lists / "styles.toml"), "seed": 2}
     plan = pipe.plan("a cat", styles="flat", **styles)

@@ -64,10 +64,19 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Token merging ratio": recipe.get("approximate", {}).get("token_merging", {}).get("ratio"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
-    said |= _script(recipe.get("grid")) | _template(recipe)
+    said |= _script(recipe.get("grid")) | _template(recipe) | _emphasis(recipe)
     settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items() if value is not None)
     negative = str(recipe.get("negative_prompt", ""))
     return "\n".join([_safe(str(recipe.get("prompt", ""))), *([f"{NEGATIVE} {_safe(negative)}"] if negative else []), settings])
+
+
+def _emphasis(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """How brackets were read, where A1111 has a word for it and would read them otherwise."""
+    words = f"{recipe.get('prompt', '')} {recipe.get('negative_prompt', '')}"
+    if not any(bracket in words for bracket in "()[]"):
+        return {}
+    said = "None" if recipe.get("dialect") == "plain" else {"a1111_no_norm": "No norm"}.get(str(recipe.get("weighting")))
+    return {"Emphasis": said} if said else {}
 
 
 def _template(recipe: Mapping[str, Any]) -> dict[str, str]:

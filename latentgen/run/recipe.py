@@ -63,8 +63,8 @@ class Recipe:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a `Request` takes, without pictures."""
-        return {name: value for name, value in self.data.items() if name in Request.model_fields and name not in PICTURES}
+        """What a `Request` takes, without pictures, and without places on this machine: a file may name none that is then read."""
+        return {name: value for name, value in self.data.items() if name in Request.model_fields and name not in (*PICTURES, *PLACES)}
 
     @property
     def cells(self) -> tuple[Recipe, ...]:
