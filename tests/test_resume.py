@@ -26,6 +26,7 @@ from latentgen.cli import app
 from latentgen.cli.meter import Meter
 from latentgen.diffusion import SAMPLERS
 from latentgen.errors import OutputError, RequestError
+from latentgen.run.split import Split
 from latentgen.run.state import KEY, read_state
 
 each = pytest.mark.parametrize
@@ -395,6 +396,8 @@ def test_what_a_network_remembers_is_not_kept(tmp_path: Path) -> None:
     own = latentgen.load(tiny("sd15").save(tmp_path / "model"), dtype="float32", device="cpu", progress=False)
     with pytest.raises(RequestError, match=r"with approximate \(deep_cache\)"):
         own.txt2img("a cat", approximate="deep_cache", save_state=tmp_path / "a.state")
+    with pytest.raises(RequestError, match="this pipeline is split"):
+        own.stream(replace(own.plan("a cat"), split=Split(0, 2)), save_state=tmp_path / "a.state")
 
 
 def test_a_disk_that_is_full_does_not_end_the_run(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,6 +426,20 @@ def test_the_model_is_loaded_by_its_cards_name(pipe, state: Path, tiny_folder: P
     equal(latentgen.resume(state, progress=False), pipe.img2img("a cat", picture(), **SAID, strength=1.0))
     with pytest.raises(RequestError, match="dtype"):
         latentgen.resume(state, dtype="bfloat16", progress=False)
+
+
+def test_the_model_is_loaded_by_its_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentgen.models import hub
+
+    folder = tiny("sd15").save(tmp_path / ("a" * 40))
+    monkeypatch.setattr(hub, "resolve", lambda name: name)
+    monkeypatch.setattr(hub, "fetch_pipeline", lambda snapshot, progress: folder)
+    own = latentgen.load("org/tiny-model", dtype="float32", device="cpu", progress=False)
+    run = own.stream("a cat", **SAID, width=64, height=64, save_state=tmp_path / "a.state", save_every=1)
+    next(run)
+    assert run.plan.model == "org/tiny-model" and read_state(tmp_path / "a.state").recipe["model"] == "org/tiny-model"
+    run.close()
+    equal(latentgen.resume(tmp_path / "a.state", progress=False), own.txt2img("a cat", **SAID, width=64, height=64))
 
 
 # The command line

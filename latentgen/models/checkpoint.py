@@ -102,7 +102,9 @@ def open_checkpoint(source: str | Path | None = None, *, card: str | None = None
         raise ModelError(f"config= is for a file, and {place.name} is a folder with configs of its own: leave config= out, or name a file")
     else:
         found = _from_folder(place, own or as_card, allow_pickle)
-    return _assembled(found, as_card or own or Card(name=place.stem if place.is_file() else place.name, family=found.family, folder=place), said, allow_pickle)
+    fetched = source is not None and not Path(source).exists()  # a hub name: its folder is called after a commit
+    called = str(source) if fetched else place.stem if place.is_file() else place.name
+    return _assembled(found, as_card or own or Card(name=called, family=found.family, folder=place), said, allow_pickle)
 
 
 @dataclass(frozen=True)
