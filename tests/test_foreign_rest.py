@@ -91,7 +91,7 @@ def test_words_and_networks() -> None:
     assert found.fields.get("seamless") == "both" or any(note.startswith("Tiling") for note in found.notes)
     assert found.request(strict=False).wildcards is False
     thresholded = settings_line(f"{LINE}, Dynamic thresholding enabled: True, Mimic scale: 7, Threshold percentile: 0.99, CFG mode: Constant")
-    assert len(thresholded.notes) == 1 and "Mimic scale: 7, Threshold percentile: 0.99, CFG mode: Constant" in thresholded.notes[0]
+    assert thresholded.notes == () and thresholded.fields["guiders"] == {"mimic": {"scale": 7.0, "percentile": 0.99}}
 
 
 SWARM: dict[str, Any] = {"sui_image_params": {

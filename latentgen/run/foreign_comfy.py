@@ -7,9 +7,11 @@ From the picture that was saved, links are followed back to the first sampler, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from latentgen.run.foreign_fields import Foreign, Found, base_name, merging, number, whole
+from latentgen.run.foreign_guiders import known_node, plus_plus, take_node
 from latentgen.run.foreign_hires import same_factor, take_upscaler
 
 Node = Mapping[str, Any]
@@ -17,7 +19,7 @@ Graph = Mapping[str, Node]
 MOST_NODES = 5000
 _TEXTS = {"text", "text_g", "text_l", "clip_l", "t5xxl", "prompt", "string"}
 _CONDITIONERS = ("Reroute", "ConditioningZeroOut", "ConditioningCombine", "ConditioningConcat")  # of which `texts` tells
-_GUIDERS = ("BasicGuider", "CFGGuider")
+_GUIDERS = ("BasicGuider", "CFGGuider", "PerpNegGuider")
 _ENDS = {"sigma_max": 14.614642, "sigma_min": 0.0291675, "rho": 7, "beta_d": 19.9, "beta_min": 0.1, "alpha": 0.6,
          "beta": 0.6}  # as the nodes have them
 _PICTURES = ("images", "image", "samples", "pixels", "latent")
@@ -221,7 +223,10 @@ class _Reader:
         elif cfg != 1:
             found.take("true_cfg_scale", cfg, number, said="cfg")
         self.latent(sampler, self.said(sampler, "denoise") if "denoise" in sampler["inputs"] else self.said(sigmas, "denoise"), steps)
+        if "neg_scale" in guider["inputs"]:
+            take_node(found, str(guider.get("class_type")), partial(self.said, guider), guider["inputs"])
         self.model(guider if "model" in guider["inputs"] else sampler)
+        plus_plus(found)
 
     def levels(self, sampler: Node) -> Node | None:
         """The node that lays the levels, with notes on those that change them afterwards and on ends of its own."""
@@ -372,6 +377,8 @@ class _Reader:
                 found.take("shift", self.said(one, "shift"), number)
             elif str(one.get("class_type")) == "RescaleCFG":
                 found.take("guidance_rescale", self.said(one, "multiplier"), number)
+            elif known_node(str(one.get("class_type"))):
+                take_node(found, str(one.get("class_type")), partial(self.said, one), inputs)
             elif str(one.get("class_type")) == "TomePatchModel":
                 found.take("approximate", self.said(one, "ratio"), merging)
             elif not found.model and (name := self.said(one, "ckpt_name", "unet_name", "model_name")):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from latentgen.diffusion.names import SPACING_NAMES, Ours, foreign, from_diffusers, plain
+from latentgen.diffusion.names import CFG_PP, SPACING_NAMES, Ours, foreign, from_diffusers, plain
 from latentgen.diffusion.sample import SAMPLERS
 from latentgen.diffusion.schedule import SPACINGS
 from latentgen.errors import RequestError
@@ -62,6 +62,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
     model: str = ""
     needs: list[str] = field(default_factory=list)
+    plus: bool = False  # its sampler stands for CFG++ too
 
     def take(self, name: str, value: Any, kind: Callable[[Any], Any] | None = None, *, said: str = "") -> bool:
         """Take a value over as the field `name`, converted by `kind`; False, with a note, where a request would not take it.
@@ -109,7 +110,8 @@ class Found:
         else:
             self.take("sampler", ours.sampler)
             self._take_options(ours)
-            if ours.note:
+            self.plus = ours.note == CFG_PP
+            if ours.note and not self.plus:
                 self.note(f"sampler {_short(said)} is {ours.sampler} here: {ours.note}")
         self._take_spacing(spacing, ours, program, usual if ours.sampler else None)
 

@@ -14,13 +14,11 @@ from latentgen.conditioning.dialect import Parsed, parse
 from latentgen.diffusion.sample import SAMPLERS
 from latentgen.errors import RequestError
 from latentgen.run.foreign_fields import Found, base_name, number, whole
+from latentgen.run.foreign_guiders import plus_plus, take_settings
 
 _SAMPLING = {"Sigma churn": ("s_churn", number), "Sigma tmin": ("s_tmin", number), "Sigma tmax": ("s_tmax", number),
              "Sigma noise": ("s_noise", number),
              "UniPC order": ("order", whole), "UniPC variant": ("variant", str)}  # setting -> (option of some samplers, its kind)
-_THRESHOLDING = ("Dynamic thresholding enabled", "Mimic scale", "Separate Feature Channels", "Scaling Startpoint", "Variability Measure",
-                 "Interpolate Phi",
-                 "Threshold percentile", "CFG mode", "CFG scale minimum", "Mimic mode", "Mimic scale minimum")  # one extension's
 _WORDS = {"Template": "the prompt is", "Negative Template": "the negative prompt is", "Wildcard prompt": "the prompt is", "Styles": "the text is"}
 _AS_HERE = {"Pad conds": "True", "Noise Schedule": "Default", "Tiling": "False"}  # settings that say what is so here
 _SILENT = ("Created Date", "Backend", "Pipeline", "User", "Operations", "Parser", "Hashes", "RNG",
@@ -41,8 +39,9 @@ def rest(settings: Mapping[str, str], found: Found, read: set[str]) -> None:
     if settings.get("Tiling", "False") != "False":
         found.take("seamless", "both", said="Tiling")
     _group(settings, found)
+    plus_plus(found)
     _resources(settings.get("Civitai resources", ""), found)
-    done = {*read, *_SAMPLING, *_WORDS, *_THRESHOLDING, *_SILENT, "Emphasis", "Tiling", "Civitai resources"}
+    done = {*read, *take_settings(found, settings), *_SAMPLING, *_WORDS, *_SILENT, "Emphasis", "Tiling", "Civitai resources"}
     for name, value in settings.items():
         if name in done or _AS_HERE.get(name) == value or name.startswith("Hires") or (name.endswith("hash") and name not in _LOADED):
             continue
@@ -90,9 +89,6 @@ def _sampling(settings: Mapping[str, str], found: Found) -> None:
 
 def _group(settings: Mapping[str, str], found: Found) -> None:
     """Settings that mean one thing together, each with one note."""
-    if "Dynamic thresholding enabled" in settings:
-        said = ", ".join(f"{name}: {settings[name]}" for name in _THRESHOLDING[1:] if name in settings)
-        found.note(f"dynamic thresholding by a mimicked scale ({said[:200]}) has no equivalent here: guider dynamic_threshold is another rule")
     for name, what in _WORDS.items():
         if settings.get(name):
             found.note(f"{name}: {settings[name][:120]}: {what} taken over as it came of that")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+from latentgen.run.foreign_guiders import settings_of
 from latentgen.run.foreign_hires import WORDS
 from latentgen.run.passes import upscale_steps
 
@@ -64,6 +65,7 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Token merging ratio": recipe.get("approximate", {}).get("token_merging", {}).get("ratio"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
+    said |= settings_of(recipe.get("guiders") or {})
     said |= _script(recipe.get("grid")) | _template(recipe) | _emphasis(recipe)
     settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in said.items() if value is not None)
     negative = str(recipe.get("negative_prompt", ""))
