@@ -306,7 +306,7 @@ def test_invokeai() -> None:
     found = read_foreign({"invokeai_metadata": json.dumps(INVOKE), "invokeai_graph": "{}"})
     found = fields(found, prompt="a fox, (snow)1.2", negative_prompt="blurred", prompt_2="oil painting", width=1024, height=768, seed=2871113391,
                    guidance_scale=7.5,
-                   guidance_rescale=0.0, steps=30, sampler="dpmpp_2m", spacing="karras", clip_skip=2)
+                   guidance_rescale=0.0, steps=30, sampler="dpmpp_2m", spacing="karras", clip_skip=2, seamless="y")
     assert found.tool == "InvokeAI 5.4.2" and found.model == "some-model" and found.needs == ()
     noted(found, "LoRA 'fluffy' at 0.75", "VAE 'vae-fix'", "weighted as InvokeAI weights")
     edit = from_invoke(INVOKE | {"generation_mode": "inpaint", "rand_device": "cuda", "positive_prompt": "a fox", "scheduler": "deis", "cfg_scale": 1,

@@ -86,6 +86,7 @@ SIZE: Group = (
     _option(_P, "upscale_strength", float | None, "--upscale-strength",
             "Share of the levels that the second pass runs, above 0 to 1. Default: 0.6 of latents, 0.45 of pixels.", metavar="SHARE"),
     _option(_P, "upscale_steps", int | None, "--upscale-steps", "How many steps it makes. Default: that share of --steps."),
+    _option(_P, "seamless", str | None, "--seamless", "x, y or both: left and right edges meet, top and bottom ones, or all.", metavar="AXES"),
     _option(_P, "tile", int | None, "--tile", "Pixels: denoise in overlapping windows of this side. Default: only a second pass that is far too large.", metavar="PIXELS"),
 )
 _T = "What the model is told of size and beauty"

@@ -106,6 +106,11 @@ class Grid:
         """Row by row from the top left; one, where the latent is no larger than a window."""
         return tuple(window for window, _ in self._weighed())
 
+    @property
+    def edgeless(self) -> tuple[int, ...]:
+        """The wrapped axes of which a window sees all, so that no window runs across their edge and only the network can make it fit."""
+        return tuple(axis for axis in self.wrap if (self.height, self.width)[axis - ROWS] <= self.tile)
+
     def _weighed(self) -> Iterator[tuple[Window, Tensor]]:
         """Each with its weights, (rows, columns)."""
         columns = list(spans(self.width, self.tile, self.overlap, wrap=COLUMNS in self.wrap))

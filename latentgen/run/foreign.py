@@ -27,7 +27,7 @@ _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, s
     "Token merging ratio": ("approximate", merging), "CFG Rescale phi": ("guidance_rescale", number), "CFG rescale": ("guidance_rescale", number),
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
-         "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength", "Tile"}
+         "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength", "Tile", "Tile X", "Tile Y", "Tiling"}
 _FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end",
            "variation_strength", "upscale", "upscale_strength")
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
@@ -82,6 +82,8 @@ def from_parameters(read: Parameters) -> Foreign:
     if found.take("variation_strength", settings.get("Variation seed strength"), number, said="Variation seed strength"):
         found.take("variation_seed", settings.get("Variation seed"), whole, said="Variation seed")
     found.take("tile", settings.get("Tile"), whole, said="Tile")
+    x, y = (settings.get(f"Tile {axis}") == "True" or settings.get("Tiling") == "True" for axis in "XY")
+    found.take_seamless(x, y)
     _picture_settings(settings, found)
     found.model = base_name(settings["Model"]) if "Model" in settings else ""
     rest(settings, found, {*_READ, *_PICTURE_SETTINGS})

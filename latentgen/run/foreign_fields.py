@@ -138,6 +138,11 @@ class Found:
         elif chosen := (ours.automatic if automatic else None) or ours.spacing or usual:
             self.take("spacing", chosen)
 
+    def take_seamless(self, x: Any, y: Any) -> None:
+        """Take over which edges meet: the left and right ones (x), the top and bottom ones (y)."""
+        if x or y:
+            self.take("seamless", "both" if x and y else "x" if x else "y")
+
     def take_prompts(self, prompt: Any, negative: Any = None) -> None:
         """Both prompts, letter by letter, with a note on each network and embedding that they call."""
         for name, text in (("prompt", prompt), ("negative_prompt", negative)):

@@ -51,6 +51,7 @@ def from_invoke(data: Mapping[str, Any]) -> Foreign | None:
         found.need("mask", "it was made with a mask, which the file does not hold: give it as mask")
     if data.get("rand_device", "cpu") != "cpu":
         found.note("its noise was drawn on the GPU, so this seed gives another picture here")
+    _seamless(found, data)
     _additions(found, data)
     return found.done()
 
@@ -75,6 +76,7 @@ def from_old_invoke(data: Mapping[str, Any]) -> Foreign | None:
     found.model = base_name(data.get("model_weights") or data.get("model") or "")
     if image.get("type") == "img2img":
         found.need("image", "it was made from a picture, which the file does not hold: give it as image")
+    _seamless(found, image)
     _additions(found, image)
     return found.done()
 
@@ -130,6 +132,12 @@ def _variations(found: Found, said: Any) -> None:
         found.note("InvokeAI turns the noise as a whole to that of a variation, here it is turned column by column as in A1111: the picture is near, not the same")
     if each[1:]:
         found.note(f"{len(each)} variations were combined there: only the first was taken over")
+
+
+def _seamless(found: Found, data: Mapping[str, Any]) -> None:
+    """Which edges meet, in words of today or of old."""
+    axes = data.get("seamless_axes") or ["x", "y"]
+    found.take_seamless(*(data.get(f"seamless_{axis}") is True or (data.get("seamless") is True and axis in axes) for axis in "xy"))
 
 
 def _additions(found: Found, data: Mapping[str, Any]) -> None:

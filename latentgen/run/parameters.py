@@ -22,6 +22,7 @@ from latentgen.run.passes import upscale_steps
 NEGATIVE = "Negative prompt:"
 MAX_SETTINGS = 2**16  # letters of the line of settings that are read
 _SETTING = re.compile(r'(\w[\w \-/]{0,60}):[ \t]*("(?:\\.|[^\\"])*"(?=\s*(?:,|$))|[^,]*)')
+_TILING = {"both": {"Tiling": True}, "x": {"Tile X": True}, "y": {"Tile Y": True}}  # one side alone in the words of an extension
 _JSON = json.JSONDecoder()
 _SAMPLERS = {ours.sampler: label for label, ours in reversed(SAMPLER_NAMES["A1111"].items()) if ours.sampler}  # of several names the first
 _SPACINGS = {ours.spacing: label for label, ours in reversed(SPACING_NAMES["A1111"].items()) if ours.spacing} | {
@@ -61,7 +62,7 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Variation seed": recipe.get("variation_seed"), "Variation seed strength": recipe.get("variation_strength"),
         "Seed resize from": f"{recipe['seed_width']}x{recipe['seed_height']}" if "seed_width" in recipe else None,
         "Denoising strength": recipe.get("upscale_strength") if second else recipe.get("strength"), **(_hires(recipe) if second else {}),
-        "Tile": recipe.get("tile"), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
+        "Tile": recipe.get("tile"), **_TILING.get(str(recipe.get("seamless")), {}), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
         "Token merging ratio": recipe.get("approximate", {}).get("token_merging", {}).get("ratio"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
 from latentgen.diffusion.level import Level
-from latentgen.diffusion.tiles import Grid
+from latentgen.diffusion.tiles import COLUMNS, ROWS, Grid
 from latentgen.errors import RequestError
-from latentgen.pixels.upscale import UPSCALERS
+from latentgen.models.approximate.table import kind_of
+from latentgen.pixels.image import to_images, to_tensor
+from latentgen.pixels.upscale import UPSCALERS, larger_pixels
 from latentgen.run.levels import path_of
 from latentgen.run.sizing import Source, check_area
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 TILE_ABOVE = 1024 * 1024  # pixels of a picture from which the autoencoder works in tiles
 TILE = 768
 WINDOWED_ABOVE = 4  # times the model's own area, from which a second pass is denoised in windows
+WRAPS = {None: (), "y": (ROWS,), "x": (COLUMNS,), "both": (ROWS, COLUMNS)}
 SHARED = 4  # neighbouring windows share a side's fourth part
 
 
@@ -83,17 +85,19 @@ class Pass:
         """"time 599 to 99, 9 windows of 256 pixels", as far as there is something to say."""
         many = len(self.grid.windows)
         windows = f", {many} windows of {self.grid.tile * self.width // self.grid.width} pixels" if many > 1 else ""
-        return f"time {self.levels[0].time:g} to {self.levels[-2].time:g}{windows}"
+        seamless = {(): "", (ROWS,): ", edges meet top to bottom", (COLUMNS,): ", edges meet left to right"}.get(self.grid.wrap, ", edges meet all around")
+        return f"time {self.levels[0].time:g} to {self.levels[-2].time:g}{windows}{seamless}"
 
     def __str__(self) -> str:
         """A second pass, in one line."""
         return f"{self.size} by {self.upscaler}, {self.steps} of {self.asked_steps} steps (strength {self.strength:g}), {self.way}, {self.evaluations} evaluations"
 
 
-def grid_of(request: Request, family: Family, size: tuple[int, int], *, later: bool, refuse: Callable[[str], None], notes: list[str]) -> Grid:
+def grid_of(request: Request, family: Family, size: tuple[int, int], *, wrap: tuple[int, ...], later: bool, refuse: Callable[[str], None], notes: list[str]) -> Grid:
     """The windows through which a picture of (width, height) pixels is denoised.
 
     Args:
+        wrap: the axes along which the picture's edges meet.
         later: it is a second pass, which is denoised in windows also unasked where it is far larger than the model's own size.
     """
     (width, height), spec, defaults = size, family.latent, family.defaults
@@ -110,7 +114,24 @@ def grid_of(request: Request, family: Family, size: tuple[int, int], *, later: b
         tile = max(step, round(math.sqrt(native) / step) * step)
         notes.append(f"{width}x{height} is {width * height / native:.2g} times this model's own area: it is denoised in windows of {tile} pixels")
     side = (tile or max(width, height)) // spec.factor
-    return Grid(height // spec.factor, width // spec.factor, side, side // SHARED)
+    return Grid(height // spec.factor, width // spec.factor, side, side // SHARED, wrap)
+
+
+def wrap_of(request: Request, family: Family, size: tuple[int, int], crop: tuple[int, int], refuse: Callable[[str], None]) -> tuple[int, ...]:
+    """The axes along which the edges of the picture shall meet.
+
+    Args:
+        size, crop: what is denoised and what of it is the picture, (width, height) in pixels.
+    """
+    transformers = [part for part in family.parts if "denoiser" in part.stages and kind_of(part.cls) != "unet"]
+    if request.seamless is not None and transformers and (family.task == "inpaint" or request.reference is not None):
+        refuse(f"seamless is given but {family.name} here is shown another picture place by place, whose edges do not meet: leave seamless out")
+        return ()
+    if request.seamless is not None and crop != size:
+        refuse(f"seamless is given but {crop[0]}x{crop[1]} is cut out of {size[0]}x{size[1]}: give a picture whose sides are "
+               f"multiples of {math.lcm(family.latent.multiple, family.latent.factor)}, or leave seamless out")
+        return ()
+    return WRAPS[request.seamless]
 
 
 def second_pass(request: Request, family: Family, first: Pass, *, count: Callable[[tuple[Level, ...], int, int], int], refuse: Callable[[str], None],
@@ -135,7 +156,7 @@ def second_pass(request: Request, family: Family, first: Pass, *, count: Callabl
     if name not in UPSCALERS:
         raise RequestError(f"upscaler is {name!r}: expected one of {', '.join(map(repr, UPSCALERS))}")
     width, height, crop = _larger(request.upscale, family, first, notes)
-    grid = grid_of(request, family, (width, height), later=True, refuse=refuse, notes=notes)
+    grid = grid_of(request, family, (width, height), wrap=first.grid.wrap, later=True, refuse=refuse, notes=notes)
     strength = UPSCALERS[name].strength if request.upscale_strength is None else request.upscale_strength
     whole = request.steps or family.defaults.steps
     steps = request.upscale_steps or upscale_steps(whole, strength)
@@ -145,8 +166,8 @@ def second_pass(request: Request, family: Family, first: Pass, *, count: Callabl
     levels = full[-(steps + 1):]
     if first.source is not None:
         mask = first.source.mask
-        source = Source(first.source.image.resize((width, height), Image.Resampling.LANCZOS),
-                        None if mask is None else torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False))
+        pixels = larger_pixels(to_tensor(first.source.image), (height, width), mode="LANCZOS", wrap=grid.wrap)
+        source = Source(to_images(pixels)[0], None if mask is None else torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False))
     skipped = full.index(levels[0])
     evaluations = count(levels, skipped, whole) * len(grid.windows)
     return Pass(width, height, crop, whole, skipped + 1, levels, strength, evaluations, grid, name, source)

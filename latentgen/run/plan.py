@@ -21,7 +21,7 @@ from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of
 from latentgen.run.guiding import guidance_of, idle
 from latentgen.run.levels import levels_of
-from latentgen.run.passes import Pass, grid_of, second_pass
+from latentgen.run.passes import Pass, grid_of, second_pass, wrap_of
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import open_references, sized
 from latentgen.run.split import Split
@@ -205,7 +205,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     if "classifier" in guiders:
         notes.append("a classifier leads it, which no file holds: to make it again, give the same one")
     notes += idle(guiders, Progress(levels, first=skipped, total=total), lambda level: low <= family.path.find(level.half_log_snr) <= high)
-    grid = grid_of(request, family, (width, height), later=False, refuse=refuse, notes=notes)
+    wrap = wrap_of(request, family, (width, height), crop, refuse)
+    grid = grid_of(request, family, (width, height), wrap=wrap, later=False, refuse=refuse, notes=notes)
     first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid, source=source)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     approximate = approximations_of(request, family, refuse)

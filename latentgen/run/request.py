@@ -37,6 +37,7 @@ EXPECTED = {
     "wildcards": "a folder of word lists, or False to draw nothing",
     "upscale": "a number from 1.05 to 4", "upscaler": "an upscaler's name", "upscale_strength": "a number above 0 and up to 1",
     "upscale_steps": "a whole number from 1 to 1000", "tile": "a whole number of pixels from 16 to 8192",
+    "seamless": "'x', 'y' or 'both'",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
 EXPECTED |= {side: "a whole number of pixels from 8 to 8192, a multiple of the model's latents" for side in ("seed_width", "seed_height")}
@@ -58,6 +59,7 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "hr_scale": "upscale", "upscale_by": "upscale", "scale_by": "upscale", "upscale_factor": "upscale", "enable_hr": "upscale", "hires_fix": "upscale",
     "hr_upscaler": "upscaler", "upscale_method": "upscaler", "hires_upscaler": "upscaler", "hr_second_pass_steps": "upscale_steps", "hires_steps": "upscale_steps",
     "hr_denoising_strength": "upscale_strength", "hires_strength": "upscale_strength", "tile_size": "tile", "tile_width": "tile", "tile_height": "tile",
+    "tiling": "seamless", "tileable": "seamless", "seamless_x": "seamless", "seamless_y": "seamless", "circular": "seamless", "seamless_axes": "seamless",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
     "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
     "guider": "guiders", "clip_guidance": "classifier", "cond_fn": "classifier", "pag_scale": "guiders", "pag_applied_layers": "guiders", "skip_guidance_layers": "guiders",
@@ -118,6 +120,7 @@ class Request(BaseModel):
             it visits; None takes that share of `steps`.
         tile: side in pixels of overlapping windows in which a larger picture is denoised, each a picture of its own to the network (Bar-Tal et al.
             2023). None: the whole picture at once, unless a second pass is more than 4 times the model's own area.
+        seamless: "x", "y" or "both": the picture's left and right edges, its top and bottom ones, or all meet, so that copies of it lie side by side.
         fit: "resize" lets a mask or image of another size be resized.
         strict: False turns what a model cannot honour into a note.
 
@@ -161,6 +164,7 @@ class Request(BaseModel):
     upscale_strength: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     upscale_steps: int | None = Field(None, ge=1, le=1000)
     tile: int | None = Field(None, ge=16, le=8192)
+    seamless: str | None = Field(None, pattern="^(x|y|both)$")
     fit: str | None = Field(None, pattern="^resize$")
     dialect: str = Field("a1111", pattern="^(a1111|comfy|plain)$")
     weighting: str | None = Field(None, pattern="^(a1111|a1111_no_norm|comfy)$")

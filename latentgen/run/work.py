@@ -22,9 +22,10 @@ from latentgen.diffusion.guide import masked
 from latentgen.diffusion.level import Denoiser, noised, start
 from latentgen.diffusion.sample import Step
 from latentgen.diffusion.sample import sampler as find_sampler
-from latentgen.diffusion.tiles import Window
+from latentgen.diffusion.tiles import Window, turned
 from latentgen.models.approximate.memory import Tally
 from latentgen.models.approximate.table import saved
+from latentgen.models.around import around
 from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Family, Modules, Scene
@@ -155,9 +156,9 @@ class Work:
 
         def encoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("encoder", dtype=dtype) as modules:
-                return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, call=self.family.vae_encode)
+                return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_encode)
 
-        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile)
+        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile, one.grid.wrap)
         z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency.dtype), lambda made: [made[0]])
         self.notes.extend(said)
         return z0
@@ -166,8 +167,8 @@ class Work:
         """What the pass before made, (B, c, h, w), as latents of this one's size."""
         how, factor = UPSCALERS[one.upscaler], self.family.latent.factor
         if not how.pixels:
-            return larger_latents(z, (one.height // factor, one.width // factor), mode=how.mode)
-        pixels = larger_pixels(self.pixels(before, z), (one.height, one.width), mode=how.mode)
+            return larger_latents(z, (one.height // factor, one.width // factor), mode=how.mode, wrap=one.grid.wrap)
+        pixels = larger_pixels(self.pixels(before, z), (one.height, one.width), mode=how.mode, wrap=one.grid.wrap)
         return torch.cat([self.latents(one, part) for part in pixels.split(1)])
 
     def start(self, one: Pass, z0: Tensor | None, eps: Tensor, made: Tensor | None) -> Tensor:
@@ -190,7 +191,9 @@ class Work:
 
     def denoiser(self, one: Pass, modules: Modules, scripts: Sequence[Script], z0: Tensor | None, eps: Tensor) -> Denoiser:
         """The network with all that is wrapped around it; `scripts` are what its windows hear."""
-        plan = self.plan
+        plan, axes = self.plan, one.grid.edgeless
+        views = {name: around(net, axes) for name, net in modules.items()} if axes else {}
+        modules = {name: views.get(name) or net for name, net in modules.items()}
         layers = {name: options["layers"] for name, options in plan.guiders.items() if "layers" in options}
         progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
 
@@ -207,6 +210,8 @@ class Work:
 
         denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)
         denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=progress, residency=self.residency), plan.guiders)
+        if axes and all(net is None for net in views.values()):
+            denoise = turned(denoise, axes=axes, levels=one.levels, unit=self.family.latent.multiple // self.family.latent.factor)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise
@@ -224,10 +229,11 @@ class Work:
 
     def pixels(self, one: Pass, z: Tensor) -> Tensor:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
+        spec = self.family.latent
 
         def decoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("decoder", dtype=dtype) as modules:
-                return torch.cat([decode(modules["vae"], part, self.family.latent, tile=one.tile, call=self.family.vae_decode).cpu() for part in z.split(1)])
+                return torch.cat([decode(modules["vae"], part, spec, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_decode).cpu() for part in z.split(1)])
 
         pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
         self.notes.extend(said)
