@@ -13,6 +13,7 @@ from PIL import Image
 from test_pipeline import hole, picture, same
 from test_upscale import loaded  # noqa: F401 - a fixture
 
+import latentgen
 from latentgen.diffusion.noise import SeededNoise
 from latentgen.errors import RequestError
 from latentgen.models.around import Around
@@ -97,6 +98,13 @@ def test_every_family_makes_one(loaded, kind):  # noqa: F811
     assert one.image.size == (96, 96) and one.image.tobytes() != plain.image.tobytes() and one.notes == plain.notes
     with pipe.residency.use("denoiser") as modules:
         assert not any(isinstance(module, Around) for net in modules.values() for module in net.modules())  # nothing stays behind
+
+
+@pytest.mark.parametrize("residency", ["stage", "stream"])
+def test_wherever_the_weights_are(pipe, tiny_folder, residency):
+    elsewhere = latentgen.load(tiny_folder, dtype="float32", device="cpu", residency=residency, progress=False)
+    options = BASE | {"seamless": "both", "upscale": 2, "tile": 64, "guidance_scale": 3.0}
+    same(elsewhere.txt2img("a cat", **options).images, pipe.txt2img("a cat", **options).images)
 
 
 def test_batches_and_replays_hold(pipe, tmp_path):

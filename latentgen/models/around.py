@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentgen.models.view import view
+from latentgen.models.view import StandIn, view
 
 
-class Around(nn.Module):
+class Around(StandIn):
     """Stands for a convolution that fills up its input: fills it up with what lies at the opposite sides, and cuts off what comes of it beyond them.
 
     The convolution runs as it is, whatever its kind: what it fills up itself is cut off again.
     """
 
     def __init__(self, inner: nn.Conv2d, axes: Sequence[int]) -> None:
-        super().__init__()
+        super().__init__(inner)
         self.axes = tuple(axes)
         self.margins = [_margin(inner, axis) for axis in self.axes]
-        self.inner = inner
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, c, h, w) -> what the convolution makes of the torus, of the size that it makes of x."""

@@ -19,7 +19,7 @@ _ADDED = {"loras": "LoRA", "controlnets": "ControlNet", "ipAdapters": "IP-Adapte
           "refiner_model": "refiner",
           "control_layers": "control layer", "ref_images": "reference picture"}
 _READ = {*_NUMBERS, *_ADDED, "positive_prompt", "negative_prompt", "positive_style_prompt", "negative_style_prompt", "guidance", "clip_skip", "scheduler",
-         "model", "generation_mode", "init_image", "rand_device", "seamless", "seamless_x", "seamless_y", "prompt", "sampler", "variations",
+         "model", "generation_mode", "init_image", "rand_device", "seamless", "seamless_axes", "seamless_x", "seamless_y", "prompt", "sampler", "variations",
          "app_version", "created_by", "type", "t5_encoder", "clip_embed_model", "qwen3_encoder"}  # the last are parts of the model
 _FLAGS = {"-s": ("steps", whole), "-S": ("seed", whole), "-W": ("width", whole), "-H": ("height", whole), "-C": ("guidance_scale", number),
           "-f": ("strength", number)}
@@ -148,9 +148,6 @@ def _additions(found: Found, data: Mapping[str, Any]) -> None:
             model = one.get("model") or one.get("lora") or one.get("control_model") or one if isinstance(one, dict) else one
             weight = f" at {one['weight']}" if isinstance(one, dict) and isinstance(one.get("weight"), (int, float)) else ""
             found.note(f"{kind} {_name(model)!r}{weight} was used, which is not loaded here")
-    axes = [axis for axis in ("x", "y") if data.get(f"seamless_{axis}")] or (["x", "y"] if data.get("seamless") else [])
-    if axes:
-        found.take("seamless", "both" if axes[1:] else axes[0], said=" and ".join(f"seamless_{axis}" for axis in axes))
     for key, value in data.items():
         if key not in _READ and value not in (None, "", 0, [], {}, False) and "hash" not in str(key):
             found.note(f"{str(key)[:60]}: {str(value)[:120]} has no equivalent here")
