@@ -22,6 +22,7 @@ from latentgen.pixels.save import read_metadata
 from latentgen.run.foreign import read_foreign
 from latentgen.run.foreign_invoke import from_invoke, from_old_invoke
 from latentgen.run.replay import replay
+from latentgen.run.work import Work
 
 BASE: dict[str, Any] = {"seed": 3, "steps": 3, "width": 64, "height": 96, "guidance_scale": 1.0}
 AXES = {"x": (3,), "y": (2,), "both": (2, 3)}
@@ -62,6 +63,16 @@ def test_windows_run_across_the_edge(pipe):
     grid = pipe.plan("a cat", **BASE | {"width": 128}, tile=96, seamless="both").passes[0].grid
     assert grid.edgeless == (2,) and {(w.columns.start, w.columns.length) for w in grid.windows} == {(0, 12), (8, 12)}
     assert pipe.plan("a cat", **BASE | {"width": 128}, tile=96).passes[0].grid.windows[-1].columns.start == 4
+
+
+def test_a_window_is_encoded_as_the_part_that_it_is(loaded, monkeypatch):  # noqa: F811
+    """Its own edges meet only where it is the whole side; the picture's do wherever that was said."""
+    pipe, seen = loaded("sd15-inpaint"), []
+    latents = Work.latents
+    monkeypatch.setattr(Work, "latents", lambda work, one, pixels, *, wrap: seen.append((pixels.shape[3], wrap)) or latents(work, one, pixels, wrap=wrap))
+    result = pipe.inpaint("a cat", picture(112, 64), hole(112, 64), tile=64, steps=1, seed=0, seamless="both")
+    assert result.image.size == (112, 64)
+    assert {*seen} == {(64, (2,)), (112, (2, 3))}
 
 
 @pytest.mark.parametrize("seamless", AXES)

@@ -196,6 +196,19 @@ def test_the_recipe_makes_it_again(pipe, tmp_path, options):
     assert again.identical and again.differences == ()
 
 
+@pytest.mark.parametrize("stop", [2, 6])
+def test_an_interrupted_run_goes_on_in_either_pass(pipe, tmp_path, stop):
+    options = BASE | {"upscale": 2, "sampler": "euler_ancestral"}
+
+    def at(step):
+        if step.index == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.txt2img("a cat", save_state=tmp_path / "run.state", save_every=1, on_step=at, **options)
+    same(pipe.resume(tmp_path / "run.state").images, pipe.txt2img("a cat", **options).images)
+
+
 def test_other_programs_read_it(pipe, tmp_path):
     result = pipe.txt2img("a cat", upscale=2, upscaler="lanczos", upscale_strength=0.5, **BASE)
     text = read_metadata(*result.save(tmp_path / "x.png"))["parameters"]

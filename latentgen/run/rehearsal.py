@@ -143,7 +143,7 @@ def _larger(work: Work, before: Pass, one: Pass, z: torch.Tensor) -> torch.Tenso
     if not UPSCALERS[one.upscaler].pixels:
         return work.larger(before, one, z)
     work.pixels(before, z[:1])
-    return work.latents(one, torch.zeros(1, 3, one.height, one.width)).expand(len(z), -1, -1, -1)
+    return work.latents(one, torch.zeros(1, 3, one.height, one.width), wrap=one.grid.wrap).expand(len(z), -1, -1, -1)
 
 
 def _counted(family: Family, seen: list[int]) -> Any:

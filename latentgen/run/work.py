@@ -142,23 +142,26 @@ class Work:
         plan, source, request, factor = self.plan, one.source, self.plan.request, self.family.latent.factor
         options = {name: value for name in OPTIONS if (value := getattr(request, name)) is not None} | {"guidance_scale": plan.guidance_scale}
         width, height = window.columns.length * factor, window.rows.length * factor
-        return Scene(width, height, self.family.latent.shape(width, height), encode=partial(self.latents, one),
+        return Scene(width, height, self.family.latent.shape(width, height), encode=partial(self.latents, one, wrap=one.grid.edgeless),
                      image=None if source is None else window.of(source_pixels(source), unit=factor),
                      mask=None if source is None or source.mask is None else window.of(source.mask, unit=factor),
                      references=tuple(to_tensor(picture) for picture in plan.references), options=options)
 
     def source_latents(self, one: Pass) -> Tensor | None:
         """z0 of the source picture, (1, c, h, w)."""
-        return None if one.source is None else self.latents(one, source_pixels(one.source))
+        return None if one.source is None else self.latents(one, source_pixels(one.source), wrap=one.grid.wrap)
 
-    def latents(self, one: Pass, pixels: Tensor) -> Tensor:
-        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows."""
+    def latents(self, one: Pass, pixels: Tensor, *, wrap: tuple[int, ...]) -> Tensor:
+        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows.
+
+        wrap: the axes along which the edges of these pixels meet: of a window's not those along which it is a part.
+        """
 
         def encoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("encoder", dtype=dtype) as modules:
-                return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_encode)
+                return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, wrap=wrap, call=self.family.vae_encode)
 
-        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile, one.grid.wrap)
+        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile, wrap)
         z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency.dtype), lambda made: [made[0]])
         self.notes.extend(said)
         return z0
@@ -169,7 +172,7 @@ class Work:
         if not how.pixels:
             return larger_latents(z, (one.height // factor, one.width // factor), mode=how.mode, wrap=one.grid.wrap)
         pixels = larger_pixels(self.pixels(before, z), (one.height, one.width), mode=how.mode, wrap=one.grid.wrap)
-        return torch.cat([self.latents(one, part) for part in pixels.split(1)])
+        return torch.cat([self.latents(one, part, wrap=one.grid.wrap) for part in pixels.split(1)])
 
     def start(self, one: Pass, z0: Tensor | None, eps: Tensor, made: Tensor | None) -> Tensor:
         """x at the first level: what the pass before made or the source, with noise; another run's latents; or noise alone (also where an inpainting
@@ -193,7 +196,7 @@ class Work:
         """The network with all that is wrapped around it; `scripts` are what its windows hear."""
         plan, axes = self.plan, one.grid.edgeless
         views = {name: around(net, axes) for name, net in modules.items()} if axes else {}
-        modules = {name: views.get(name) or net for name, net in modules.items()}
+        modules = {**modules, **{name: net for name, net in views.items() if net is not None}}
         layers = {name: options["layers"] for name, options in plan.guiders.items() if "layers" in options}
         progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
 
