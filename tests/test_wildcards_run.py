@@ -82,8 +82,10 @@ def test_edits_and_variations_of_a_batch(pipe, lists: Path) -> None:
     image = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 48))
-    for extra in ({"image": image, "strength": 0.5}, {"image": image, "mask": mask}, {"left": 16, "image": image}, {"sampler": "euler_ancestral"}, {"upscale": 1.5}):
+    for extra in ({"image": image, "strength": 0.5}, {"image": image, "mask": mask}, {"left": 16, "image": image}, {"sampler": "euler_ancestral"}, {"upscale": 1.5},
+                  {"guiders": {"apg": {"momentum": -0.5}, "perp_neg": {}}, "negative_prompt": "{dark|grey}"}):
         made = pipe.stream(Request(prompt=SAID, seed=1, batch=3, wildcards=lists, steps=2, **extra)).result
+        assert len({id(plan.source) for plan in made.plan.pictures}) == 1  # held once, however large the batch
         for at in range(3):
             assert made.images[at].tobytes() == pipe.stream(Request(prompt=SAID, seed=1 + at, wildcards=lists, steps=2, **extra)).result.image.tobytes()
     varied = pipe.txt2img(SAID, seed=1, variation_seed=5, variation_strength=0.3, batch=2, wildcards=lists, steps=2)

@@ -17,9 +17,11 @@ from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES, own
 from latentgen.diffusion.sample import SAMPLERS
 from latentgen.diffusion.schedule import SPACINGS
 from latentgen.errors import RequestError
+from latentgen.pixels.image import open_image
 from latentgen.run.plan import Machine, Plan, make_plan
 from latentgen.run.request import PROMPTS, Request
 from latentgen.run.seeding import Seeds, seeds_of
+from latentgen.run.sizing import MAX_AREA
 from latentgen.run.texts import explain_text
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def planned(request: Request, family: Family, tokenizers: Mapping[str, Tokens], 
              for one, draws in _pictures(now, family, notes) for plan in (make_plan(_finished(one), family, tokenizers, machine),)]
     notes += [note for plan in plans for note in plan.notes]
     if len(plans) == 1:
-        return replace(plans[0], notes=tuple(dict.fromkeys(notes)))
+        return plans[0] if tuple(notes) == plans[0].notes else replace(plans[0], notes=tuple(dict.fromkeys(notes)))
+    plans = [_sharing(plan, plans[0]) for plan in plans]
     passes = max(plans, key=lambda plan: plan.evaluations).passes
     return replace(plans[0], request=now, noise=seeds_of(now, family.latent, lambda problem: None), rows=1, passes=passes,
                    notes=tuple(dict.fromkeys(notes)),
@@ -111,6 +114,8 @@ def _pictures(request: Request, family: Family, notes: list[str]) -> list[tuple[
     drawn = [drawn_for(request, seed, notes) for seed in seeds.own]
     if all(_texts(one) == _texts(drawn[0][0]) for one, _ in drawn):
         return drawn[:1]
+    opened = {} if request.image is None else {"image": open_image(request.image, max_pixels=MAX_AREA)}  # once for all of them
+    drawn = [(one.replace(**opened), draws) for one, draws in drawn]
     return [(_alone(one, seeds, at), draws) for at, (one, draws) in enumerate(drawn)]
 
 
@@ -157,6 +162,12 @@ def _alone(request: Request, seeds: Seeds, at: int) -> Request:
     changes |= {"variation_seed": seeds.variations[at]} if seeds.variations else {}
     changes |= {"latents": request.latents[at:at + 1]} if request.latents is not None else {}
     return request.replace(**changes)
+
+
+def _sharing(plan: Plan, first: Plan) -> Plan:
+    """The plan of one picture with the source pictures of the first one's: all have the same, and a batch may be large."""
+    passes = tuple(replace(one, source=its.source) for one, its in zip(plan.passes, first.passes, strict=True))
+    return replace(plan, passes=passes, references=first.references)
 
 
 def _origin(said: Request, now: Request, drawn: tuple[str, ...] = ()) -> dict[str, Any]:
