@@ -58,8 +58,7 @@ def chosen(network: nn.Module, *, guider: str, said: Any) -> list[str]:
         wanted = _middle(network, found, stack, guider) if one == USUAL else [f"{stack}.{one}" if stack and str(one).isdigit() else str(one)]
         for name in wanted:
             if not _under(found, [name]):
-                there = sorted({".".join(layer.split(".")[:2]) if layer.startswith(("down_blocks", "up_blocks", *STACKS)) else layer.split(".")[0] for layer in found})
-                raise RequestError(f"{guider}'s layer is {one!r} but there this network ({kind}) has no {what}: choose among {', '.join(there)[:300]}")
+                raise RequestError(f"{guider}'s layer is {one!r} but there this network ({kind}) has no {what}: choose among {_places(found)}")
             made += [name] if name not in made else []
     return made
 
@@ -70,8 +69,14 @@ def _middle(network: nn.Module, found: Sequence[str], stack: str, guider: str) -
     if not stack:
         return [found[len(found) // 2].rpartition(".")[0]]
     count = len(network.get_submodule(stack))  # type: ignore[arg-type]
-    first = count // 2 if guider == "pag" else min(round(0.3 * count), count - 1)  # of 24 blocks the eighth to tenth, as Stable Diffusion 3.5 medium has it
+    first = count // 2 if guider == "pag" else min(round(0.3 * count), count - 1)  # of 24 blocks 7 to 9, as Stable Diffusion 3.5 medium has it
     return [f"{stack}.{first + n}" for n in range(3 if guider == "slg" and count >= 10 else 1)]
+
+
+def _places(found: Sequence[str]) -> str:
+    """Names short enough to choose among: of numbered blocks with their number."""
+    numbered = ("down_blocks", "up_blocks", *STACKS)
+    return ", ".join(sorted({".".join(name.split(".")[:2 if name.startswith(numbered) else 1]) for name in found}))[:300]
 
 
 def _under(found: Sequence[str], layers: Sequence[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""From a planned request to a denoiser: the network with its words, guided and masked. Knows a family's contract, plans and scripts; moves nothing."""
+"""From a planned request to a denoiser: the network with its words, guided. Knows a family's contract, plans and scripts; moves nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def network(family: Family, modules: Modules, asked: Asked) -> Estimate:
     return estimate
 
 
-def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, progress: Progress, weaker: Mapping[str, Estimate] | None = None) -> Denoiser:
+def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, progress: Progress,
+           weaker: Mapping[str, Estimate] | None = None) -> Denoiser:
     """(x, level) -> x0 with the words, guided where the plan says so; `plan.rows` pictures per network call.
 
     Args:

@@ -19,15 +19,16 @@ NODES: Mapping[str, tuple[str, Mapping[str, str]]] = {  # ComfyUI's node -> (gui
     "CFGZeroStar": ("cfg_zero", {}), "PerpNeg": ("perp_neg", {"neg_scale": "weight"}),
     "DynamicThresholding": ("mimic", {"mimic_scale": "scale", "threshold_percentile": "percentile"}),
 }
-_RULE = {"separate_feature_channels": "enable", "scaling_startpoint": "MEAN", "variability_measure": "AD", "interpolate_phi": 1, "mimic_mode": "Constant",
-         "cfg_mode": "Constant"}  # of the thresholding that ours is
-_TEXT = {"Separate Feature Channels": "True", "Scaling Startpoint": "MEAN", "Variability Measure": "AD", "Interpolate Phi": "1", "Mimic mode": "Constant",
-         "CFG mode": "Constant"}  # the same in A1111's words
+_RULE = {"separate_feature_channels": "enable", "scaling_startpoint": "MEAN", "variability_measure": "AD", "interpolate_phi": 1,
+         "mimic_mode": "Constant", "cfg_mode": "Constant"}  # of the thresholding that ours is
+_TEXT = {"Separate Feature Channels": "True", "Scaling Startpoint": "MEAN", "Variability Measure": "AD", "Interpolate Phi": "1",
+         "Mimic mode": "Constant", "CFG mode": "Constant"}  # the same in A1111's words
 
 
 def known_node(kind: str) -> str | None:
     """The entry of NODES that a class of nodes belongs to, or None."""
-    return next((name for name in NODES if kind == name or (name in ("SkipLayerGuidance", "PerpNeg", "DynamicThresholding") and kind.startswith(name))), None)
+    several = ("SkipLayerGuidance", "PerpNeg", "DynamicThresholding")  # classes whose names begin so
+    return next((name for name in NODES if kind == name or (name in several and kind.startswith(name))), None)
 
 
 def take_node(found: Found, kind: str, said: Callable[[str], Any], inputs: Mapping[str, Any]) -> None:
@@ -91,7 +92,8 @@ def plus_plus(found: Found) -> None:
         del found.fields["guidance_scale"]
         _take(found, "cfg_pp", {"scale": scale}, "CFG++")
     else:
-        found.note(f"its sampler is one of CFG++ with a scale of {scale}, and the guider cfg_pp takes the paper's, from 0 to 1: plain guidance is used")
+        found.note(f"its sampler is one of CFG++ with a scale of {scale}, and the guider cfg_pp takes the paper's, from 0 to 1: "
+                   "plain guidance is used")
 
 
 def _take(found: Found, guider: str, options: Mapping[str, Any], said: str) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from latentgen.models.family import Family
     from latentgen.run.request import Request
 
-OPTIONS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size", "aesthetic_score",
-           "negative_aesthetic_score")
+OPTIONS = ("original_size", "crop_top_left", "target_size", "negative_original_size", "negative_crop_top_left", "negative_target_size",
+           "aesthetic_score", "negative_aesthetic_score")
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,11 @@ def _guiders(request: Request, family: Family, guiders: dict[str, dict[str, Any]
     said = request.guiders or {}
     if "cfg_zero" in guiders and family.prediction != "flow":  # an output of 0 stands still on a flow alone
         if said["cfg_zero"].get("zero_steps"):
-            refuse(f"cfg_zero's zero_steps is given but {family.name} does not run on a rectified flow, where alone the first steps can stand still: leave it out")
+            refuse(f"cfg_zero's zero_steps is given but {family.name} does not run on a rectified flow, where alone the first steps can stand still: "
+                   "leave it out")
         guiders["cfg_zero"]["zero_steps"] = 0
-    own = "weighs words and picture against each other" if pictured else "combines its two estimates by a rule of its own" if family.combine is not None else ""
+    own = "" if family.combine is None else "combines its two estimates by a rule of its own"
+    own = "weighs words and picture against each other" if pictured else own
     silent = not any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3))
     if "classifier" in guiders and (problem := _classifier_problem(request, family, guiders["classifier"])):
         refuse(problem)
@@ -108,7 +110,8 @@ def _guiders(request: Request, family: Family, guiders: dict[str, dict[str, Any]
     problems = {
         name: f"{name} is given but {family.name} here {own}: leave {name} out" if own else
               f"{name} is given but {off}, or leave {name} out" if not pair else
-              "perp_neg is given but there is no negative prompt for it to weigh: give one, or leave perp_neg out" if name == "perp_neg" and silent else ""
+              "perp_neg is given but there is no negative prompt for it to weigh: give one, or leave perp_neg out"
+              if name == "perp_neg" and silent else ""
         for name in guiders if GUIDERS[name].needs_cfg}
     for problem in filter(None, problems.values()):
         refuse(problem)

@@ -24,7 +24,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Momentum:
-    """The running sum d_i + momentum * d_(i-1) + momentum² * d_(i-2) ... of one run (Sadat et al. 2024, section 4.3). Make a new one for each run."""
+    """The running sum d_i + momentum * d_(i-1) + momentum² * d_(i-2) ... of one run (Sadat et al. 2024, section 4.3). Make one for each run."""
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
@@ -50,7 +50,7 @@ def projected(direction: Tensor, x0: Tensor, *, eta: float) -> Tensor:
 
 
 def optimised_negative(x: Tensor, x0_pos: Tensor, x0_neg: Tensor, *, row: tuple[float, float]) -> Tensor:
-    """The negative estimate with its output scaled to lie nearest to the positive one: s = <out_pos, out_neg> / |out_neg|² (Fan et al. 2025, eq. 13).
+    """The negative estimate, its output scaled to lie nearest to the positive one: s = <out_pos, out_neg> / |out_neg|² (Fan et al. 2025, eq. 13).
 
     The paper scales velocities, so the scale is that of the network's outputs, which the row gives back from x0; the result is x0.
     """
