@@ -52,7 +52,8 @@ class Grid:
         columns = len(names[0])
         image = sheet([result.image for result in results], columns=columns, tile=about.get("cell"), column_names=names[0],
                       row_names=names[1] if len(names) > 1 else None, title=about["title"])
-        recipes = [{name: value for name, value in {**result.recipe, "pixels_sha256": picture_hash(result.image)}.items() if name != "batch"} for result in results]
+        recipes = [{name: value for name, value in {**result.recipe, "pixels_sha256": picture_hash(result.image)}.items() if name != "batch"}
+                   for result in results]
         rows = tuple(tuple(results[at:at + columns]) for at in range(0, len(results), columns))
         return cls(image, rows, joined_recipe(recipes, grid=dict(about)))
 
@@ -114,13 +115,15 @@ class GridPlan:
     @property
     def about(self) -> dict[str, Any]:
         """What the recipe says of the sheet."""
-        return {"axes": [[name, [list(value) if isinstance(value, tuple) else value for value in values]] for name, values in self.axes], "cell": self.cell, "title": self.title}
+        return {"axes": [[name, [list(value) if isinstance(value, tuple) else value for value in values]] for name, values in self.axes],
+                "cell": self.cell, "title": self.title}
 
 
 def check_about(about: Any, count: int) -> None:
     """RequestError unless a recipe's "grid", which came from a file and may say anything, is a sheet of so many pictures."""
     axes, title = (about.get(name) if isinstance(about, Mapping) else None for name in ("axes", "title"))
-    sound = isinstance(axes, list) and len(axes) in (1, 2) and all(isinstance(axis, list) and len(axis) == 2 and isinstance(axis[1], list) for axis in axes)
+    sound = isinstance(axes,
+                       list) and len(axes) in (1, 2) and all(isinstance(axis, list) and len(axis) == 2 and isinstance(axis[1], list) for axis in axes)
     if not sound or math.prod(len(values) for _, values in axes) != count or not 0 < count <= MAX_CELLS or not isinstance(title, str):
         raise RequestError("the recipe of the sheet was altered and tells of no sheet: take the file as it was saved")
     check_cell(about.get("cell"))
@@ -184,13 +187,15 @@ def _axis(where: str, said: Any, request: Request) -> tuple[str, tuple[Any, ...]
     if name not in Request.model_fields:
         raise RequestError(f"{where} is over {name!r}, which is not a known option: {suggestion(str(name))}")
     if name in (*PICTURES, "batch", "strict", "styles_file", "wildcards"):
-        raise RequestError(f"{where} is over {name}, which no cell can have of its own: give it for the whole sheet" + (", or make seed an axis" if name == "batch" else ""))
+        raise RequestError(f"{where} is over {name}, which no cell can have of its own: "
+                           "give it for the whole sheet" + (", or make seed an axis" if name == "batch" else ""))
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or not values:
         raise RequestError(f"{where} has the values {shown(values)}: expected a list of one or more")
     try:
         json.dumps(values := list(values))
     except TypeError:
-        raise RequestError(f"{where} has the values {shown(values)}: expected plain data (numbers, words, lists, tables), which the sheet's file can keep") from None
+        raise RequestError(f"{where} has the values {shown(values)}: expected plain data (numbers, words, lists, tables), "
+                           "which the sheet's file can keep") from None
     if name in request.model_fields_set and not (name == "prompt" and not request.prompt):
         raise RequestError(f"{name} is the axis {where} and given beside it, too: leave one of the two out")
     return name, tuple(values)

@@ -31,7 +31,8 @@ def levels_of(request: Request, family: Family, size: tuple[int, int], refuse: C
             options[option] = value
         else:
             takes = f"it takes {', '.join(info.options)}" if info.options else "it takes none"
-            refuse(f"{option} is given but the sampler {request.sampler or defaults.sampler!r} has no {option} ({takes}): leave it out, or use another sampler")
+            refuse(f"{option} is given but the sampler {request.sampler or defaults.sampler!r} has no {option} ({takes}): "
+                   "leave it out, or use another sampler")
     if request.shift is not None and request.shift != 1 and family.prediction != "flow":
         refuse(f"shift is {request.shift:g} but {family.name} does not run on a rectified flow: leave shift out")
     levels = full = path_of(request, family, size, steps)
@@ -62,7 +63,8 @@ def path_of(request: Request, family: Family, size: tuple[int, int], steps: int)
 def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple[Level, ...]:
     """The levels between denoising_start and denoising_end, counted on the training steps as diffusers does."""
     if (request.latents is None) != (request.denoising_start is None):
-        raise RequestError("latents and denoising_start belong together: pass another run's `.latents` and the denoising_end that it had as denoising_start")
+        raise RequestError("latents and denoising_start belong together: "
+                           "pass another run's `.latents` and the denoising_end that it had as denoising_start")
     if request.latents is not None and (request.image is not None or len(request.latents) != request.batch):
         raise RequestError(f"latents hold {len(request.latents)} pictures, batch is {request.batch}: expected as many, and no image beside them")
     ends = [1.0 if end is None else end for end in (request.denoising_start or 0.0, request.denoising_end)]
@@ -71,5 +73,6 @@ def _share(request: Request, family: Family, levels: tuple[Level, ...]) -> tuple
     first, last = (sum(level.time >= round(family.path.train_steps * (1 - end)) for level in levels[:-1]) for end in ends)
     first, last = first if ends[0] else 0, last if ends[1] < 1 else len(levels) - 1
     if first >= last:
-        raise RequestError(f"no step lies between denoising_start {ends[0]:g} and denoising_end {ends[1]:g} of {len(levels) - 1} steps: use more steps")
+        raise RequestError(f"no step lies between denoising_start {ends[0]:g} and denoising_end {ends[1]:g} of "
+                           f"{len(levels) - 1} steps: use more steps")
     return levels[first:last + 1]
