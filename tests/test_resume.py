@@ -262,7 +262,7 @@ def test_a_new_process_goes_on(tiny_folder: Path, pipe, tmp_path: Path) -> None:
         assert (tmp_path / f"b-{n}.png").read_bytes() == (tmp_path / f"whole-{n}.png").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd15-inpaint", "sdxl", "sd3", "flux1", "flux2", "zimage", "qwenimage", "pixart"])
+@each("kind", ["sd15", "flux1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd15-inpaint", "sdxl", "sd3", "flux2", "zimage", "qwenimage", "pixart"))])
 def test_every_family(kind: str, tmp_path: Path) -> None:
     """Also where what depends on the level alone was computed before the first step, by calls that make no picture."""
     own = latentgen.load(tiny(kind).save(tmp_path / "model"), dtype="float32", device="cpu", progress=False)
