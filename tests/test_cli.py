@@ -25,7 +25,7 @@ from latentgen.pixels.save import read_metadata
 from latentgen.run.request import Request
 
 PICTURES = ("txt2img", "img2img", "inpaint", "outpaint", "edit", "plan")
-IN_PYTHON = {"latents", "denoising_start", "denoising_end"}  # a tensor goes with them
+IN_PYTHON = {"latents", "denoising_start", "denoising_end", "classifier"}  # a tensor goes with them, or something to call
 STAGES = ("data", "text", "vae", "denoiser", "export")
 
 

@@ -321,5 +321,5 @@ def suggestion(name: str) -> str:
     if meant is None:
         near = difflib.get_close_matches(name.lower(), Request.model_fields, n=1, cutoff=0.6)
         meant = near[0] if near else None
-    options = ", ".join(Request.model_fields)
-    return f"did you mean {meant!r}?" if meant else f"the options are {options}"
+    options = ", ".join(name for name in Request.model_fields if not name.startswith("negative_") or name == "negative_prompt")
+    return f"did you mean {meant!r}?" if meant else f"the options are {options}, and negative_ forms of some: help(latentgen.Request) tells of each"
