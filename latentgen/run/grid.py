@@ -122,8 +122,8 @@ class GridPlan:
 def check_about(about: Any, count: int) -> None:
     """RequestError unless a recipe's "grid", which came from a file and may say anything, is a sheet of so many pictures."""
     axes, title = (about.get(name) if isinstance(about, Mapping) else None for name in ("axes", "title"))
-    sound = isinstance(axes,
-                       list) and len(axes) in (1, 2) and all(isinstance(axis, list) and len(axis) == 2 and isinstance(axis[1], list) for axis in axes)
+    sound = isinstance(axes, list) and len(axes) in (1, 2) and all(
+        isinstance(axis, list) and len(axis) == 2 and isinstance(axis[1], list) for axis in axes)
     if not sound or math.prod(len(values) for _, values in axes) != count or not 0 < count <= MAX_CELLS or not isinstance(title, str):
         raise RequestError("the recipe of the sheet was altered and tells of no sheet: take the file as it was saved")
     check_cell(about.get("cell"))
