@@ -144,20 +144,20 @@ def check_fit(source: Source, part: Part) -> None:
 
 
 def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable[[nn.Module], Collection[str]] | None = None,
-              lane: Lane | None = None, pinned: bool = False) -> nn.Module:
+              lane: Lane | None = None, pinned: bool = False, quantise: str | None = None) -> nn.Module:
     """Build a part in eval mode, without gradients, on the CPU; its convolutions in channels-last.
 
     Args:
         leave: tells, of the module without numbers, the names of children whose weights stay in the file (see `models.elsewhere`).
         lane: by which the weights of blocks come when they are called (see `models.streamed`), from the file, or from page-locked memory where
             `pinned`; None has them all here.
-        lane: by which the weights of blocks come when they are called (see `models.streamed`), from the file, or from page-locked memory where
-            `pinned`; None has them all here.
+        quantise: "int8" holds the linears of blocks in 8 bits (see `models.quantise`); not with a lane.
 
     Raises:
         ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite.
     """
     from latentgen.models.convert import LazyTensors, dequantised
+    from latentgen.models.quantise import hold, quantised
     from latentgen.models.streamed import stream
 
     module = empty_module(source, part)
@@ -167,6 +167,7 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
     _compare(tensors, module, source.label)
     _leave(module, () if leave is None else leave(module), source, tensors, dtype=dtype, release=getattr(stored, "release", None))
     floating = {name for name, t in module.state_dict().items() if t.is_floating_point()}
+    small = hold(module) if quantise else frozenset()
 
     def prepared(name: str, tensor: Tensor) -> Tensor:
         if name in floating and not tensor.is_floating_point():
@@ -179,6 +180,9 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
     for name in list(tensors):
         tensor = tensors.pop(name)
         ready[name] = prepared(name, tensor)
+        if name in small:
+            _check_finite({name: ready[name]}, source.label, dtype)
+            ready[name], ready[f"{name.removesuffix('weight')}scale"] = quantised(ready[name])
         if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
             stored.release(tensor)  # or what was copied as it stands in the file would be in memory twice
     _check_finite({name: t for name, t in ready.items() if not t.is_meta}, source.label, dtype)

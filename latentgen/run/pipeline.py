@@ -19,6 +19,7 @@ from latentgen.conditioning.explain import Explanation
 from latentgen.diffusion.sample import Step
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
+from latentgen.models.quantise import WAYS
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.meaning import explained, planned
@@ -26,7 +27,7 @@ from latentgen.run.memo import Memo
 from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
-from latentgen.run.residency import POLICIES, Residency, choose_device, choose_dtype
+from latentgen.run.residency import POLICIES, STREAMING, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
 from latentgen.run.state import Keeper, State, read_state
@@ -41,7 +42,8 @@ OnStep = Callable[[Step], None]
 
 
 def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None,
-         card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, tuned: bool = False, **parts: str | Path) -> Pipeline:
+         card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, quantise: str | None = None, tuned: bool = False,
+         **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -55,6 +57,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
+        quantise: "int8" holds the weights of text encoders and denoiser in 8 bits: half the memory of bfloat16, a little slower, another picture of the
+            same kind. For residency "resident" and "stage".
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
@@ -63,26 +67,32 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     """
     if residency not in POLICIES:
         raise RequestError(f"residency is {residency!r}: expected one of {', '.join(map(repr, POLICIES))}")
+    if quantise not in (None, *WAYS):
+        raise RequestError(f"quantise is {quantise!r}: expected {' or '.join(map(repr, WAYS))}, or None")
+    if quantise is not None and residency in STREAMING:
+        raise RequestError(f"quantise is given with residency={residency!r}, whose blocks come as their file has them: use 'resident' or 'stage', or leave quantise out")
     place = choose_device(device)
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
-    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, progress=progress)
+    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, quantise=quantise, progress=progress)
     return made.tuned() if tuned else made
 
 
 class Pipeline:
     """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, `edit`, or `plan` and `stream` with a `Request`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", progress: bool | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", quantise: str | None = None,
+                 progress: bool | None = None) -> None:
         self.checkpoint = checkpoint
         self.card = checkpoint.card
         self.family = checkpoint.family
-        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency)
+        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, quantise=quantise)
         self.progress = progress
         self._memo = Memo()
         weights = {stage: checkpoint.weight_bytes(stage) for stage in ("text", "denoiser", "decoder")}
-        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes, self._layers)
+        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes, self._layers,
+                                quantise=quantise)
 
     def _layers(self, guider: str, said: Any) -> list[str]:
         """See `latentgen.models.weaken.chosen`; of the denoiser as its config describes it, without its weights."""
@@ -238,7 +248,8 @@ class Pipeline:
             return self.plan(request, **options)
         _alone("a finished plan", options)
         own = self._machine
-        if (request.model, request.device, request.dtype, request.residency, request.weights) != (own.model, own.device, own.dtype, own.residency, own.weights):
+        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.residency, m.weights) for m in (request, own))
+        if theirs != ours:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return request
 

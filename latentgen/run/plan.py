@@ -53,6 +53,7 @@ class Plan:
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
+        quantise: "int8" where weights are held so.
         split: which process of several this is, where the sides of guidance are shared among them.
         weights: bytes of weights per stage, from the files' headers.
         origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.
@@ -87,6 +88,7 @@ class Plan:
     notes: tuple[str, ...]
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     split: Split | None = None
+    quantise: str | None = None
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict)
     pictures: tuple[Plan, ...] = field(default=(), repr=False)
@@ -126,7 +128,7 @@ class Plan:
             **{"then": str(one) for one in self.passes[1:]},
             "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
-            "compute": f"{self.dtype} on {self.device}, {self.residency}, {self.evaluations} network evaluations a picture",
+            "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, {self.evaluations} network evaluations a picture",
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
         if self.guiders:
@@ -149,6 +151,7 @@ class Machine:
 
     layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError; see `latentgen.models.weaken.chosen`.
     tuned: what requests do that say no approximation of their own.
+    quantise: how weights are held, None as they are.
     split: its place among processes that share the sides of guidance.
     """
 
@@ -161,6 +164,7 @@ class Machine:
     layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
     tuned: Tuned | None = None
     split: Split | None = None
+    quantise: str | None = None
 
 
 def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
@@ -226,4 +230,4 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
-        notes=tuple(notes), approximate=approximate, split=machine.split, references=references)
+        notes=tuple(notes), approximate=approximate, split=machine.split, quantise=machine.quantise, references=references)

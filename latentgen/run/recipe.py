@@ -124,6 +124,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
             recipe["mask_sha256"] = hashlib.sha256(plan.source.mask.numpy().tobytes()).hexdigest()
     levels = " ".join(f"{level.alpha:.9g},{level.sigma:.9g}" for one in plan.passes for level in one.levels)
     recipe |= {"levels_sha256": hashlib.sha256(levels.encode()).hexdigest()[:16]} | ({"rows": plan.rows} if plan.rows > 1 else {})
+    recipe |= {"quantise": plan.quantise} if plan.quantise else {}
     return recipe | {"dtype": plan.dtype, "device": plan.device.split(":")[0], "versions": _versions(plan.device), "notes": list(notes)}
 
 

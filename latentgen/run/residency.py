@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("resident", "stage", "stream", "disk")
 STREAMING = ("stream", "disk")
+QUANTISED: frozenset[Stage] = frozenset(("text", "denoiser"))  # stages whose parts are held in 8 bits where that is asked for
 STREAMED: tuple[Stage, ...] = ("text", "denoiser")  # stages whose parts are worth streaming
 Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks are streamed
 
@@ -36,8 +37,8 @@ Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks
 class Residency:
     """The parts of one checkpoint on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident") -> None:
-        self.checkpoint, self.device, self.dtype, self.policy = checkpoint, device, dtype, policy
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident", quantise: str | None = None) -> None:
+        self.checkpoint, self.device, self.dtype, self.policy, self.quantise = checkpoint, device, dtype, policy, quantise
         self._here: dict[Key, nn.Module] = {}
         self._users: dict[Key, int] = {}
         self._lock = Lock()
@@ -85,7 +86,8 @@ class Residency:
             if key not in self._here:
                 leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
                 self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, lane=Lane(self.device) if streamed else None,
-                                            pinned=policy == "stream" and self.device.type == "cuda")
+                                            pinned=policy == "stream" and self.device.type == "cuda",
+                                            quantise=self.quantise if not streamed and QUANTISED & {*part.stages} else None)
             if not self._users.get(key):
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1
@@ -134,7 +136,7 @@ class Residency:
     def resident_bytes(self) -> int:
         """Bytes of the weights held right now, on any device."""
         with self._lock:
-            return sum(p.numel() * p.element_size() for m in self._here.values() for p in m.parameters() if not p.is_meta)
+            return sum(p.numel() * p.element_size() for m in self._here.values() for p in (*m.parameters(), *m.buffers()) if not p.is_meta)
 
 
 def choose_device(name: str) -> torch.device:
