@@ -170,11 +170,12 @@ def stream(module: nn.Module, stored: Stored, lane: Lane) -> None:
     block.places = {id(t): name for name, t in (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
                     if name in stored.tensors}
     block.stored, block.lane = stored, lane
-    block.__class__ = _class(type(block))
+    block.__class__ = streamed_class(type(block))
 
 
 @lru_cache
-def _class(own: type) -> type:
+def streamed_class(own: type) -> type:
+    """What a block of this class becomes."""
     return type(f"Streamed{own.__name__}", (Streamed, own), {})
 
 

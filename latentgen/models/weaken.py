@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from latentgen.errors import ModelError, RequestError
+from latentgen.models.streamed import Streamed, streamed_class
 from latentgen.models.view import view
-
-if TYPE_CHECKING:
-    from torch import nn
 
 STACKS = ("transformer_blocks", "blocks", "layers")  # what a transformer's main blocks are called; the first that a network has counts
 USUAL = "middle"
@@ -35,6 +35,8 @@ def weakened(modules: Mapping[str, Any], *, guider: str, layers: Sequence[str]) 
         if names:
             change = _looks_at_itself if guider == "pag" else _does_nothing
             made[part] = view(whole, lambda name, own, names=names, change=change: change(own) if name in names else None)
+    if all(made[part] is network for part, network in modules.items()):
+        raise ModelError(f"{guider} found none of {', '.join(layers)[:200]} in the network as it is loaded: leave {guider} out")
     return made
 
 
@@ -97,18 +99,51 @@ def _found(network: nn.Module, guider: str) -> list[str]:
 
 
 def _looks_at_itself(own: nn.Module) -> nn.Module:
-    """Attention whose map is the identity: every token gets its own value (Ahn et al. 2024, section 4.1)."""
-    inner, name = own.forward, type(own).__name__
+    own.__class__ = _changed(type(own), Itself)
+    return own
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+
+def _does_nothing(own: nn.Module) -> nn.Module:
+    own.__class__ = _changed(type(own), Nothing)
+    return own
+
+
+def _plain(cls: type) -> type:
+    """A module's own class, also of one whose weights are streamed."""
+    return cls.__mro__[2] if issubclass(cls, Streamed) else cls
+
+
+@lru_cache
+def _changed(cls: type, change: type) -> type:
+    """A module's class with another `forward`. A class, not an attribute: what copies the module, such as a block that is filled for a call, keeps it."""
+    made = type(f"{change.__name__}{_plain(cls).__name__}", (change, _plain(cls)), {})
+    return streamed_class(made) if issubclass(cls, Streamed) and change is Itself else made  # what does nothing needs no weights
+
+
+class Itself(nn.Module):
+    """Attention whose map is the identity, together with its own class: every token gets its own value (Ahn et al. 2024, section 4.1)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The attention's answer, with values for what it would have looked at."""
         with _Identity() as mode:
-            out = inner(*args, **kwargs)
+            out = super().forward(*args, **kwargs)
         if not mode.met:
-            raise ModelError(f"{name} did not compute self-attention by torch's scaled_dot_product_attention, so pag cannot weaken it: leave pag out")
+            raise ModelError(f"{type(self).__mro__[2].__name__} did not compute self-attention by torch's scaled_dot_product_attention, so pag cannot "
+                             "weaken it: leave pag out")
         return out
 
-    own.forward = forward  # type: ignore[method-assign]  # of the view's copy alone
-    return own
+
+class Nothing(nn.Module):
+    """A block that gives what it is given, together with its own class. Where words run through it beside the picture it gives both, words first."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The picture's tokens, or both."""
+        from diffusers.models.attention_processor import Attention
+
+        said = inspect.signature(super().forward).bind(*args, **kwargs).arguments
+        picture, words = said.get("hidden_states", said.get("x")), said.get("encoder_hidden_states")
+        looked_at = any(isinstance(module, Attention) and module.is_cross_attention for module in self.modules())  # words that are, are not given on
+        return picture if looked_at or words is None else (words, picture)
 
 
 class _Identity(TorchFunctionMode):
@@ -126,19 +161,3 @@ class _Identity(TorchFunctionMode):
                 self.met = True
                 return value if value.shape[1] == query.shape[1] else value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return func(*args, **kwargs)
-
-
-def _does_nothing(own: nn.Module) -> nn.Module:
-    """A block that gives what it is given. Where words run through it beside the picture it gives both, words first, as all such blocks do."""
-    from diffusers.models.attention_processor import Attention
-
-    looked_at = any(isinstance(module, Attention) and module.is_cross_attention for module in own.modules())  # words that are, are not given on
-    takes = inspect.signature(own.forward)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        said = takes.bind(*args, **kwargs).arguments
-        picture, words = said.get("hidden_states", said.get("x")), said.get("encoder_hidden_states")
-        return picture if looked_at or words is None else (words, picture)
-
-    own.forward = forward  # type: ignore[method-assign]  # of the view's copy alone
-    return own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from latentgen.run.state import Keeper, State, read_state
 from latentgen.run.work import Work
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from latentgen.run.grid import Axis, Grid
     from latentgen.run.interpolate import Film
     from latentgen.run.replay import Replayed
@@ -95,11 +98,16 @@ class Pipeline:
                                 quantise=quantise)
 
     def _layers(self, guider: str, said: Any) -> list[str]:
-        """See `latentgen.models.weaken.chosen`; of the denoiser as its config describes it, without its weights."""
+        """See `latentgen.models.weaken.chosen`."""
         from latentgen.models.weaken import chosen
 
+        return chosen(self._outline, guider=guider, said=said)
+
+    @cached_property
+    def _outline(self) -> nn.Module:
+        """The denoiser as its config describes it, without numbers."""
         part = next(part for part in self.family.parts if part.stages == ("denoiser",))
-        return chosen(empty_module(self.checkpoint.sources[part.name], part, shapes_only=True), guider=guider, said=said)
+        return empty_module(self.checkpoint.sources[part.name], part, shapes_only=True)
 
     def __repr__(self) -> str:
         m = self._machine
