@@ -1,4 +1,4 @@
-"""recipe, replay, variations and resume: how a picture was made, it or one near to it again, and the rest of a run. Knows what is printed; the work is in run/."""
+"""recipe, replay, variations and resume: how a picture was made, it or one near it again, the rest of a run. Knows what is printed; run/ works."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def variations(file: File, count: Count = 4, amount: Amount = 0.2, prompt: Words
 
     shown = {name: said.pop(name) for name in ("output", "show", "quiet", "as_json")}
     quality = check_output(shown["output"], quality, strict=True)
-    sources = {name: given for name, given in (("image", image), ("mask", mask), ("reference", reference or None), ("prompt", prompt)) if given is not None}
+    sources = {"image": image, "mask": mask, "reference": reference or None, "prompt": prompt}
+    sources = {name: given for name, given in sources.items() if given is not None}
     found = found_in(file)
     machine = _as_it_was(said, found) if found is not None else said | {name: said[name] or usual for name, usual in _USUAL.items()}
     loading = machine["model"]
@@ -120,7 +121,11 @@ def resume(state: Kept, save_every: Every = None, *, quality: int | None, **said
     said |= {name: value for name, value in as_it_was(found).items() if said[name] is None}
     said["model"] = said["model"] or named_model(found)
     loading = said["model"]
-    make(lambda: opened(said, progress=False if shown["quiet"] else None).stream(found, save_every=save_every), loading=loading, quality=quality, state=state, **shown)
+
+    def begin() -> Run:
+        return opened(said, progress=False if shown["quiet"] else None).stream(found, save_every=save_every)
+
+    make(begin, loading=loading, quality=quality, state=state, **shown)
 
 
 def _check_output(output: Path | None) -> None:

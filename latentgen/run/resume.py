@@ -32,7 +32,8 @@ def resume(state: State | str | Path, *, on_step: OnStep | None = None, save_eve
     from latentgen.run.pipeline import load
 
     found = state if isinstance(state, State) else read_state(state)
-    return load(named_model(found), progress=progress, **as_it_was(found) | loading).resume(found, on_step=on_step, save_every=save_every, classifier=classifier)
+    pipe = load(named_model(found), progress=progress, **as_it_was(found) | loading)
+    return pipe.resume(found, on_step=on_step, save_every=save_every, classifier=classifier)
 
 
 def named_model(state: State) -> str:
@@ -54,7 +55,8 @@ def named_model(state: State) -> str:
 def as_it_was(state: State) -> dict[str, str]:
     """Device and dtype of the run, as `load` takes them."""
     dtype = state.recipe.get("dtype")
-    return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if dtype in ("float32", "bfloat16", "float16") else "auto"}
+    known = dtype in ("float32", "bfloat16", "float16")
+    return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if known else "auto"}
 
 
 def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Keeper:
@@ -65,11 +67,14 @@ def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Kee
             different texts, which no one request says. And see `begun`.
     """
     if plan.approximate:
-        raise RequestError(f"save_state is given with approximate ({', '.join(plan.approximate)}), whose memory of earlier steps cannot be kept: leave one of them out")
+        raise RequestError(f"save_state is given with approximate ({', '.join(plan.approximate)}), whose memory of earlier steps cannot be kept: "
+                           "leave one of them out")
     if plan.pictures:
-        raise RequestError("save_state is given but wildcards draw different texts for the pictures of this batch: make them one by one, or leave it out")
+        raise RequestError("save_state is given but wildcards draw different texts for the pictures of this batch: make them one by one, "
+                           "or leave it out")
     if plan.split is not None:
-        raise RequestError("save_state is given but this pipeline is split, and each process knows only its own sides: leave save_state out, or do not split")
+        raise RequestError("save_state is given but this pipeline is split, and each process knows only its own sides: "
+                           "leave save_state out, or do not split")
     return Keeper(begun(path, plan.request, every=every, total=plan.steps), lambda: make_recipe(plan, pipe.checkpoint.digest, ()))
 
 

@@ -1,4 +1,4 @@
-"""The state of an interrupted run: its recipe, its source pictures, and all that its network answered, in one file. Knows plans and recipes; no stage.
+"""The state of an interrupted run in one file: its recipe, its source pictures, and all that its network answered. Knows recipes; no stage of a run.
 
 To go on, the same plan is made from the recipe and run from its start, and what the network is asked is answered from the record as far as that
 reaches. Everything else (noise, a sampler's history, guidance that remembers, masks) comes about again by itself, bit for bit, so no part of a run
@@ -77,7 +77,8 @@ class State:
         led = "classifier" in Recipe(self.recipe).needs
         if (classifier is not None) is led:
             return replace(self, pictures={**self.pictures, "classifier": classifier}) if led else self
-        raise RequestError("classifier is missing: give the one that leads the run" if led else "classifier is given but none leads the run: leave it out")
+        raise RequestError("classifier is missing: give the one that leads the run" if led else
+                           "classifier is given but none leads the run: leave it out")
 
     def request(self) -> Request:
         """The request that was interrupted.
@@ -93,11 +94,13 @@ class State:
         Raises:
             RequestError: it is another.
         """
-        for name, cure in (SAME | {name: "give the same one" if name == "classifier_sha256" else "the file was altered" for name in now if name.endswith("_sha256") and name not in SAME}).items():
+        hashes = {name for name in now if name.endswith("_sha256")} - {*SAME}
+        cures = SAME | {name: "give the same one" if name == "classifier_sha256" else "the file was altered" for name in hashes}
+        for name, cure in cures.items():
             then = self.recipe.get(name)
             if then != now.get(name):
-                raise RequestError(f"the run was begun with {name.replace('_', ' ')} {str(then)[:40]} and here it would be {str(now.get(name))[:40]}: {cure}, "
-                                   "or start it anew")
+                raise RequestError(f"the run was begun with {name.replace('_', ' ')} {str(then)[:40]} and here it would be {str(now.get(name))[:40]}: "
+                                   f"{cure}, or start it anew")
         old, new = ({**versions} if isinstance(versions := recipe.get("versions"), dict) else {} for recipe in (self.recipe, now))
         return tuple(f"the run was begun with {name} {str(old.get(name))[:80]} and went on with {new[name]}: its last bits may differ"
                      for name in new if old.get(name) != new[name])
@@ -176,7 +179,8 @@ class Keeper:
         for name, given in ((name, given) for name, given in state.pictures.items() if name != "classifier"):
             for n, one in enumerate(given if isinstance(given, list) else [given]):
                 tensors[f"{name}.{n:06}"] = torch.from_numpy(np.array(one)) if isinstance(one, Image.Image) else one.detach().cpu().contiguous()
-        data = {"format": FORMAT, "recipe": dict(self._recipe()), "steps": max(self._steps, state.steps), "total": total, "every": state.every, "asked": record.asked}
+        data = {"format": FORMAT, "recipe": dict(self._recipe()), "steps": max(self._steps, state.steps), "total": total,
+                "every": state.every, "asked": record.asked}
         from safetensors.torch import save
 
         write_whole(state.path, save(tensors, {KEY: json.dumps(data, ensure_ascii=False)}))
@@ -184,7 +188,7 @@ class Keeper:
 
 
 def begun(path: str | Path, request: Request, *, every: int | None, total: int) -> State:
-    """The state of a run that has not begun, to be kept in `path` after every `every` steps. See `checked_path` and `checked_every` for what it raises."""
+    """The state of a run that has not begun, to be kept in `path` after every `every` steps. For what it raises see `checked_path`, `checked_every`."""
     return State({}, _pictures(request), total=total, every=checked_every(EVERY if every is None else every), path=checked_path(path))
 
 

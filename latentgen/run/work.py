@@ -227,8 +227,9 @@ class Work:
         """DenoiserError where a step of this pass, before which `done` were made, gave NaN or infinity."""
         if (found := watch.first()) is not None:
             who = "" if len(self.plan.seeds) == 1 else f" for {pictures_named(found[1], self.plan.seeds)}"
-            raise DenoiserError(f"the denoiser gave NaN or infinity in {named(self.precise)}, in step {done + found[0] + 1} of {self.plan.steps}{who}: "
-                                + ("check its weights and guidance_scale" if self.precise == torch.float32 else "run it in float32"))
+            where = f"in {named(self.precise)}, in step {done + found[0] + 1} of {self.plan.steps}{who}"
+            cure = "check its weights and guidance_scale" if self.precise == torch.float32 else "run it in float32"
+            raise DenoiserError(f"the denoiser gave NaN or infinity {where}: {cure}")
 
     def pixels(self, one: Pass, z: Tensor) -> Tensor:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
