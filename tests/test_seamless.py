@@ -69,7 +69,12 @@ def test_a_window_is_encoded_as_the_part_that_it_is(loaded, monkeypatch):  # noq
     """Its own edges meet only where it is the whole side; the picture's do wherever that was said."""
     pipe, seen = loaded("sd15-inpaint"), []
     latents = Work.latents
-    monkeypatch.setattr(Work, "latents", lambda work, one, pixels, *, wrap: seen.append((pixels.shape[3], wrap)) or latents(work, one, pixels, wrap=wrap))
+
+    def looked(work, one, pixels, *, wrap):
+        seen.append((pixels.shape[3], wrap))
+        return latents(work, one, pixels, wrap=wrap)
+
+    monkeypatch.setattr(Work, "latents", looked)
     result = pipe.inpaint("a cat", picture(112, 64), hole(112, 64), tile=64, steps=1, seed=0, seamless="both")
     assert result.image.size == (112, 64)
     assert {*seen} == {(64, (2,)), (112, (2, 3))}
@@ -103,7 +108,8 @@ def test_a_network_of_patches_is_turned_at_each_level(loaded):  # noqa: F811
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux1", "zimage", "pixart", "sd15-inpaint", "sd15-instruct"])
 def test_every_family_makes_one(loaded, kind):  # noqa: F811
     pipe = loaded(kind)
-    edits = {"sd15-inpaint": {"image": picture(), "mask": hole(64, 64)}, "sd15-instruct": {"reference": picture()}}.get(kind, {"width": 64, "height": 64})
+    edits = {"sd15-inpaint": {"image": picture(), "mask": hole(64, 64)}, "sd15-instruct": {"reference": picture()}}
+    edits = edits.get(kind, {"width": 64, "height": 64})
     options = {"steps": 2, "seed": 0, "upscale": 1.5} | edits
     one, plain = pipe.stream("a cat", seamless="both", **options).result, pipe.stream("a cat", **options).result
     assert one.image.size == (96, 96) and one.image.tobytes() != plain.image.tobytes() and one.notes == plain.notes
@@ -147,8 +153,9 @@ def test_other_programs_words(pipe, tmp_path, seamless, words):
     assert new.fields["seamless"] == old.fields["seamless"] == seamless and new.notes == old.notes == ()
 
 
-@pytest.mark.parametrize(("said", "says"), [({"seamless": "z"}, "seamless is 'z': expected 'x', 'y' or 'both'"), ({"tiling": "x"}, "did you mean 'seamless'"),
-                                            ({"seamless": "x", "image": Image.new("RGB", (51, 40))}, "51x40 is cut out of 56x40: give a picture whose sides are multiples of 8")])
+@pytest.mark.parametrize(("said", "says"), [
+    ({"seamless": "z"}, "seamless is 'z': expected 'x', 'y' or 'both'"), ({"tiling": "x"}, "did you mean 'seamless'"),
+    ({"seamless": "x", "image": Image.new("RGB", (51, 40))}, "51x40 is cut out of 56x40: give a picture whose sides are multiples of 8")])
 def test_what_cannot_be_is_refused_while_planning(pipe, said, says):
     with pytest.raises(RequestError, match=says):
         pipe.plan("a cat", **said)

@@ -1,4 +1,4 @@
-"""Windows over a latent: they cover it, their weights add up to one, and what is denoised through them is what is denoised whole wherever it can be."""
+"""Windows over a latent: they cover it, their weights add up to one, and what is denoised through them is what is denoised whole."""
 
 import pytest
 import torch
@@ -13,14 +13,16 @@ LEVEL = FLOW.at(0.5)
 DICE = torch.Generator().manual_seed(0)
 X = torch.randn(2, 3, 20, 26, generator=DICE)
 KERNEL = torch.randn(3, 3, 3, 3, generator=DICE) / 5
-GRIDS = [Grid(20, 26, 8, 2), Grid(20, 26, 16, 12), Grid(20, 26, 8, 4, (ROWS,)), Grid(20, 26, 9, 3, (COLUMNS,)), Grid(20, 26, 8, 3, (ROWS, COLUMNS)), Grid(20, 26, 20, 10, (COLUMNS,))]
+GRIDS = [Grid(20, 26, 8, 2), Grid(20, 26, 16, 12), Grid(20, 26, 8, 4, (ROWS,)),
+         Grid(20, 26, 9, 3, (COLUMNS,)), Grid(20, 26, 8, 3, (ROWS, COLUMNS)), Grid(20, 26, 20, 10, (COLUMNS,))]
 
 
 def pointwise(x, level):
     return torch.tanh(3 * x) * level.alpha
 
 
-@pytest.mark.parametrize(("size", "tile", "overlap", "scale"), [(40, 16, 4, 1), (41, 16, 8, 8), (17, 16, 4, 2), (100, 16, 15, 3), (33, 8, 0, 4), (17, 16, 8, 1), (9, 9, 3, 2), (50, 1, 0, 1)])
+@pytest.mark.parametrize(("size", "tile", "overlap", "scale"), [(40, 16, 4, 1), (41, 16, 8, 8), (17, 16, 4, 2), (100, 16, 15, 3),
+                                                              (33, 8, 0, 4), (17, 16, 8, 1), (9, 9, 3, 2), (50, 1, 0, 1)])
 @pytest.mark.parametrize("wrap", [False, True])
 def test_weights_add_up_to_one_everywhere(size, tile, overlap, scale, wrap):
     total, made = torch.zeros(size * scale), list(spans(size, tile, overlap, scale=scale, wrap=wrap))
@@ -125,5 +127,6 @@ def test_turning_spreads_what_edges_do():
     def dark_edge(x, level):
         return x * (torch.arange(x.shape[3]) > 0)
 
-    marks = [int((turned(dark_edge, axes=(COLUMNS,), levels=LEVELS)(torch.ones(1, 1, 2, 26), level)[0, 0, 0] == 0).nonzero()) for level in LEVELS[:-1]]
+    denoise = turned(dark_edge, axes=(COLUMNS,), levels=LEVELS)
+    marks = [int((denoise(torch.ones(1, 1, 2, 26), level)[0, 0, 0] == 0).nonzero()) for level in LEVELS[:-1]]
     assert len(set(marks)) == 4

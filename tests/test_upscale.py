@@ -130,7 +130,8 @@ def test_noise_of_another_size_goes_on_in_the_stream():
 
 
 @pytest.mark.parametrize(("options", "run", "of"), [
-    ({}, 12, 20), ({"upscale_strength": 0.3}, 6, 20), ({"upscale_strength": 0.01}, 1, 20), ({"upscale_strength": 1.0}, 20, 20), ({"upscaler": "lanczos"}, 9, 20),
+    ({}, 12, 20), ({"upscale_strength": 0.3}, 6, 20), ({"upscale_strength": 0.01}, 1, 20), ({"upscale_strength": 1.0}, 20, 20),
+    ({"upscaler": "lanczos"}, 9, 20),
     ({"upscale_steps": 12}, 12, 20), ({"upscale_steps": 10, "upscale_strength": 0.7}, 10, 14), ({"upscale_steps": 7, "upscale_strength": 1.0}, 7, 7)])
 def test_how_many_steps_it_makes(pipe, options, run, of):
     """Without a number the share of the first pass's; with one, so many are run, of A1111's int(number / strength)."""
@@ -140,7 +141,8 @@ def test_how_many_steps_it_makes(pipe, options, run, of):
     assert second.levels == pipe.plan("a cat", steps=of).levels[-(run + 1):]
 
 
-@pytest.mark.parametrize(("said", "size", "noted"), [({"upscale": 2}, (96, 128), False), ({"upscale": 1.5}, (72, 96), False), ({"upscale": 4}, (192, 256), False),
+@pytest.mark.parametrize(("said", "size", "noted"), [({"upscale": 2}, (96, 128), False), ({"upscale": 1.5}, (72, 96), False),
+                                                     ({"upscale": 4}, (192, 256), False),
                                                      ({"upscale": 1.3}, (64, 80), True), ({"upscale": 1.05}, (48, 64), None)])
 def test_sizes(pipe, said, size, noted):
     if noted is None:
@@ -154,7 +156,8 @@ def test_sizes(pipe, said, size, noted):
     assert f"\nthen      {size[0]}x{size[1]} by latent, 3 of 5 steps (strength 0.6)" in shown and "size      48x64\n" in shown
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"sampler": "heun"}, {"guidance_interval": (0.3, 0.8)}, {"batch": 2}, {"tile": 48}, {"image": picture(), "strength": 0.6}])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"sampler": "heun"}, {"guidance_interval": (0.3, 0.8)}, {"batch": 2}, {"tile": 48},
+                                     {"image": picture(), "strength": 0.6}])
 @pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
 def test_the_plan_counts_evaluations_exactly(pipe, options, upscaler):
     own, seen = counted(pipe)
@@ -184,7 +187,8 @@ def test_steps_count_through_both_passes(pipe):
     assert [step.level for step in steps] == [level for one in run.plan.passes for level in one.levels[:-1]]
 
 
-@pytest.mark.parametrize("options", [{"upscale": 2}, {"upscale": 1.5, "upscaler": "lanczos", "upscale_strength": 0.35, "upscale_steps": 4, "tile": 48},
+@pytest.mark.parametrize("options", [{"upscale": 2},
+                                     {"upscale": 1.5, "upscaler": "lanczos", "upscale_strength": 0.35, "upscale_steps": 4, "tile": 48},
                                      {"upscale": 2, "image": picture(), "strength": 0.5, "width": None, "height": None}])
 def test_the_recipe_makes_it_again(pipe, tmp_path, options):
     result = pipe.stream("a (cat:1.2)", **BASE | {"steps": 7} | options).result
@@ -252,7 +256,8 @@ def test_every_family_is_told_what_each_pass_is(loaded, kind, said):
         seen.append((scene.width, scene.height, scene.shape))
         return inputs(scene, side)
 
-    edits = {"sd15-inpaint": {"image": picture(), "mask": hole(64, 64)}, "sd15-instruct": {"reference": picture()}}.get(kind, {"width": 64, "height": 64})
+    edits = {"sd15-inpaint": {"image": picture(), "mask": hole(64, 64)}, "sd15-instruct": {"reference": picture()}}
+    edits = edits.get(kind, {"width": 64, "height": 64})
     if kind == "sd15-instruct":
         said = {name: value for name, value in said.items() if name != "tile"}
     run = pipe.stream("a cat", steps=2, seed=0, upscale=1.5, upscale_strength=0.9, **edits, **said)
@@ -287,10 +292,14 @@ def test_a_schedule_acts_at_the_same_noise(pipe):
 
 
 @pytest.mark.parametrize(("said", "says"), [
-    ({"upscale": 1.0}, "upscale is 1.0: expected a number from 1.05 to 4"), ({"upscale": 5}, "upscale is 5"), ({"upscale": 2, "upscale_strength": 0}, "upscale_strength is 0"),
-    ({"upscale": 2, "upscaler": "esrgan"}, "upscaler is 'esrgan': expected one of 'latent', 'latent_bicubic'"), ({"upscale_steps": 3}, "upscale_steps is given but upscale is not"),
-    ({"upscaler": "latent"}, "upscaler is given but upscale is not: pass upscale=2"), ({"upscale": 2, "denoising_end": 0.5}, "denoising_end leaves the picture unfinished"),
-    ({"hr_scale": 2}, "did you mean 'upscale'"), ({"upscale": 4, "width": 4096, "height": 4096}, "megapixels: at most"), ({"tile": 50}, "tile is 50: expected a multiple of 8, so use 48 or 56"),
+    ({"upscale": 1.0}, "upscale is 1.0: expected a number from 1.05 to 4"), ({"upscale": 5}, "upscale is 5"),
+    ({"upscale": 2, "upscale_strength": 0}, "upscale_strength is 0"),
+    ({"upscale": 2, "upscaler": "esrgan"}, "upscaler is 'esrgan': expected one of 'latent', 'latent_bicubic'"),
+    ({"upscale_steps": 3}, "upscale_steps is given but upscale is not"),
+    ({"upscaler": "latent"}, "upscaler is given but upscale is not: pass upscale=2"),
+    ({"upscale": 2, "denoising_end": 0.5}, "denoising_end leaves the picture unfinished"),
+    ({"hr_scale": 2}, "did you mean 'upscale'"),
+    ({"upscale": 4, "width": 4096, "height": 4096}, "megapixels: at most"), ({"tile": 50}, "tile is 50: expected a multiple of 8, so use 48 or 56"),
     ({"tile": 8}, "tile is 8")])
 def test_what_cannot_be_is_refused_while_planning(pipe, said, says):
     with pytest.raises(RequestError, match=says):
@@ -329,7 +338,7 @@ def test_windows_are_denoised_each_as_its_own_and_averaged(pipe):
         left, right = (denoise(x[..., a:a + 8], level) for a in (0, 6))
     torch.testing.assert_close(step.x0[..., :6], left[..., :6], rtol=0, atol=1e-5)
     torch.testing.assert_close(step.x0[..., 8:], right[..., 2:], rtol=0, atol=1e-5)
-    torch.testing.assert_close(step.x0[..., 6:8], torch.stack([left[..., 6], right[..., 1]], 3), rtol=0, atol=1e-5)  # half of two is handed over at once
+    torch.testing.assert_close(step.x0[..., 6:8], torch.stack([left[..., 6], right[..., 1]], 3), rtol=0, atol=1e-5)  # at once
 
 
 def test_masked_in_windows_keeps_every_byte(pipe):

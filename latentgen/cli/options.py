@@ -82,12 +82,14 @@ SIZE: Group = (
             "Pixels, 8 to 8192, a multiple of the model's unit (8 for most). Default: the model's own, or the image's."),
     _option(_P, "height", int | None, "--height", "As --width."),
     _option(_P, "upscale", float | None, "--upscale", "1.05 to 4: a second pass at this many times the size.", metavar="FACTOR"),
-    _option(_P, "upscaler", str | None, "--upscaler", "How it is enlarged: latent, latent_bicubic, latent_nearest, lanczos or nearest. Default: latent.", metavar="NAME"),
+    _option(_P, "upscaler", str | None, "--upscaler", "How it is enlarged: latent, latent_bicubic, latent_nearest, lanczos or nearest. Default: latent.",
+            metavar="NAME"),
     _option(_P, "upscale_strength", float | None, "--upscale-strength",
             "Share of the levels that the second pass runs, above 0 to 1. Default: 0.6 of latents, 0.45 of pixels.", metavar="SHARE"),
     _option(_P, "upscale_steps", int | None, "--upscale-steps", "How many steps it makes. Default: that share of --steps."),
     _option(_P, "seamless", str | None, "--seamless", "x, y or both: left and right edges meet, top and bottom ones, or all.", metavar="AXES"),
-    _option(_P, "tile", int | None, "--tile", "Pixels: denoise in overlapping windows of this side. Default: only a second pass that is far too large.", metavar="PIXELS"),
+    _option(_P, "tile", int | None, "--tile", "Pixels: denoise in overlapping windows of this side. Default: only a second pass that is far too large.",
+            metavar="PIXELS"),
 )
 _T = "What the model is told of size and beauty"
 TOLD: Group = (

@@ -275,7 +275,8 @@ def _plan_data(made: Plan) -> dict[str, Any]:
         data[name] = {"text": text.text, "tokens": text.tokens, "chunks": len(text.ids)}
         data[name] |= {"texts": [getattr(one, name).text for one in made.pictures]} if made.pictures else {}
         data[name] |= {"said": str(text)} if len(text.spans) > 1 or text.composed > 1 else {}
-    passes = [{f.name: getattr(one, f.name) for f in fields(one) if f.name not in pictures} | {"steps": one.steps, "tile": one.tile} for one in made.passes]
-    for one in passes:
-        one |= {"levels": [asdict(level) for level in one["levels"]], "grid": asdict(one["grid"])}
+    passes = []
+    for one in made.passes:
+        numbers = {"steps": one.steps, "tile": one.tile, "levels": [asdict(level) for level in one.levels], "grid": asdict(one.grid)}
+        passes.append({f.name: getattr(one, f.name) for f in fields(one) if f.name not in pictures} | numbers)
     return passes[0] | data | {"crop": made.crop} | ({"passes": passes} if passes[1:] else {})

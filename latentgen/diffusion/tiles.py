@@ -119,7 +119,7 @@ class Grid:
                 yield Window(rows, span), down[:, None] * across
 
     def tiled(self, denoisers: Sequence[Denoiser], *, device: torch.device | None = None) -> Denoiser:
-        """The whole latent's denoiser from one for each window: x0 is the weighted mean of theirs (Bar-Tal et al. 2023, MultiDiffusion, eq. 5, of x0).
+        """The whole latent's denoiser from one for each window: x0 is the weighted mean of theirs (Bar-Tal et al. 2023, MultiDiffusion, eq. 5).
 
         Args:
             denoisers: in the order of `windows`; each sees its window of x as a picture of its own. A single one is the denoiser itself.

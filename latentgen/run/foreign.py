@@ -28,6 +28,7 @@ _NUMBERS = {  # setting -> (field of a request, its kind); read in this order, s
 }
 _READ = {*_NUMBERS, "Sampler", "Schedule type", "Scheduler", "Seed", "Size", "Model", "Model hash", "Denoising strength", "Version", "App",
          "Distilled CFG Scale", "Seed resize from", "Variation seed", "Variation seed strength", "Tile", "Tile X", "Tile Y", "Tiling"}
+_WHOLE = ("steps", "seed", "width", "height", "clip_skip", "variation_seed", "seed_width", "seed_height", "upscale_steps", "tile")
 _FLOATS = ("guidance_scale", "guidance_rescale", "eta", "strength", "true_cfg_scale", "image_guidance_scale", "denoising_start", "denoising_end",
            "variation_strength", "upscale", "upscale_strength")
 _PICTURE_SETTINGS = {"Mask blur": "mask", "Inpaint area": "mask", "Masked content": "mask", "Inpainting fill": "mask", "Masked area padding": "mask"}
@@ -116,7 +117,7 @@ def from_diffusers(data: Mapping[str, Any]) -> Foreign | None:
         return None
     found = Found(base_name(data.get("version") or data.get("software") or "diffusers"))
     found.take_prompts(*(next((data[key] for key in data if names[key] == wanted), None) for wanted in ("prompt", "negative_prompt")))
-    kinds = dict.fromkeys(("steps", "seed", "width", "height", "clip_skip", "variation_seed", "seed_width", "seed_height", "upscale_steps", "tile"), whole) | dict.fromkeys(_FLOATS, number)
+    kinds = dict.fromkeys(_WHOLE, whole) | dict.fromkeys(_FLOATS, number)
     for key, name in names.items():
         value = data[key]
         if key == "clip_skip" and isinstance(value, int) and "num_inference_steps" in data:

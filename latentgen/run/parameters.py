@@ -51,7 +51,7 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         size: width and height of the picture in pixels; with a second pass the recipe tells that of the first.
     """
     built_in = "true_cfg_scale" in recipe  # then guidance_scale is what Forge calls distilled
-    second = {"upscale", "upscaler", "width"} <= {*recipe} and "denoising_end" not in recipe  # an edit's size is that of its picture, and A1111 has no second pass for it
+    second = {"upscale", "upscaler", "width"} <= {*recipe} and "denoising_end" not in recipe  # A1111 has no second pass of an edit
     width, height = size if size is not None and not second else (recipe.get("width"), recipe.get("height"))
     said = {
         "Steps": recipe.get("steps"), "Sampler": _SAMPLERS.get(str(recipe.get("sampler")), recipe.get("sampler")),
@@ -62,7 +62,8 @@ def write_parameters(recipe: Mapping[str, Any], *, size: tuple[int, int] | None 
         "Variation seed": recipe.get("variation_seed"), "Variation seed strength": recipe.get("variation_strength"),
         "Seed resize from": f"{recipe['seed_width']}x{recipe['seed_height']}" if "seed_width" in recipe else None,
         "Denoising strength": recipe.get("upscale_strength") if second else recipe.get("strength"), **(_hires(recipe) if second else {}),
-        "Tile": recipe.get("tile"), **_TILING.get(str(recipe.get("seamless")), {}), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"), "Shift": recipe.get("shift"),
+        "Tile": recipe.get("tile"), **_TILING.get(str(recipe.get("seamless")), {}), "Clip skip": recipe.get("clip_skip"), "Eta": recipe.get("eta"),
+        "Shift": recipe.get("shift"),
         "Token merging ratio": recipe.get("approximate", {}).get("token_merging", {}).get("ratio"),
         "CFG Rescale phi": recipe.get("guidance_rescale") or None, "Version": f"latentgen {recipe.get('versions', {}).get('latentgen', '')}".strip(),
     }
@@ -109,7 +110,8 @@ def read_parameters(text: str) -> Parameters | None:
 def _hires(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A second pass as A1111 writes it, whose count of its steps is of those that are run."""
     steps = recipe.get("upscale_steps") or upscale_steps(int(recipe.get("steps") or 1), float(recipe.get("upscale_strength") or 1))
-    return {"Hires upscale": recipe.get("upscale"), "Hires steps": steps, "Hires upscaler": WORDS.get(str(recipe.get("upscaler")), recipe.get("upscaler"))}
+    upscaler = WORDS.get(str(recipe.get("upscaler")), recipe.get("upscaler"))
+    return {"Hires upscale": recipe.get("upscale"), "Hires steps": steps, "Hires upscaler": upscaler}
 
 
 def _script(grid: Any) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,15 +86,17 @@ class Pass:
         """"time 599 to 99, 9 windows of 256 pixels", as far as there is something to say."""
         many = len(self.grid.windows)
         windows = f", {many} windows of {self.grid.tile * self.width // self.grid.width} pixels" if many > 1 else ""
-        seamless = {(): "", (ROWS,): ", edges meet top to bottom", (COLUMNS,): ", edges meet left to right"}.get(self.grid.wrap, ", edges meet all around")
-        return f"time {self.levels[0].time:g} to {self.levels[-2].time:g}{windows}{seamless}"
+        meeting = {(): "", (ROWS,): ", edges meet top to bottom", (COLUMNS,): ", edges meet left to right"}
+        return f"time {self.levels[0].time:g} to {self.levels[-2].time:g}{windows}{meeting.get(self.grid.wrap, ', edges meet all around')}"
 
     def __str__(self) -> str:
         """A second pass, in one line."""
-        return f"{self.size} by {self.upscaler}, {self.steps} of {self.asked_steps} steps (strength {self.strength:g}), {self.way}, {self.evaluations} evaluations"
+        steps = f"{self.steps} of {self.asked_steps} steps (strength {self.strength:g})"
+        return f"{self.size} by {self.upscaler}, {steps}, {self.way}, {self.evaluations} evaluations"
 
 
-def grid_of(request: Request, family: Family, size: tuple[int, int], *, wrap: tuple[int, ...], later: bool, refuse: Callable[[str], None], notes: list[str]) -> Grid:
+def grid_of(request: Request, family: Family, size: tuple[int, int], *, wrap: tuple[int, ...], later: bool, refuse: Callable[[str], None],
+            notes: list[str]) -> Grid:
     """The windows through which a picture of (width, height) pixels is denoised.
 
     Args:
@@ -167,7 +170,8 @@ def second_pass(request: Request, family: Family, first: Pass, *, count: Callabl
     if first.source is not None:
         mask = first.source.mask
         pixels = larger_pixels(to_tensor(first.source.image), (height, width), mode="LANCZOS", wrap=grid.wrap)
-        source = Source(to_images(pixels)[0], None if mask is None else torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False))
+        wide = partial(torch.nn.functional.interpolate, size=(height, width), mode="bilinear", align_corners=False)
+        source = Source(to_images(pixels)[0], None if mask is None else wide(mask))
     skipped = full.index(levels[0])
     evaluations = count(levels, skipped, whole) * len(grid.windows)
     return Pass(width, height, crop, whole, skipped + 1, levels, strength, evaluations, grid, name, source)
@@ -190,5 +194,6 @@ def _larger(factor: float, family: Family, first: Pass, notes: list[str]) -> tup
     crop = round(first.crop[0] * width / first.width), round(first.crop[1] * height / first.height)
     wanted = [side * factor for side in first.crop]
     if any(abs(got - side) >= 1 for got, side in zip(crop, wanted, strict=True)):
-        notes.append(f"{factor:g} times {first.crop[0]}x{first.crop[1]} is {wanted[0]:g}x{wanted[1]:g}: {crop[0]}x{crop[1]} is made, for sides are multiples of {step}")
+        notes.append(f"{factor:g} times {first.crop[0]}x{first.crop[1]} is {wanted[0]:g}x{wanted[1]:g}: {crop[0]}x{crop[1]} is made, "
+                     f"for sides are multiples of {step}")
     return width, height, crop

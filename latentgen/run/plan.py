@@ -42,7 +42,8 @@ class Plan:
     Attributes:
         request: what was said, with styles laid over its texts and wildcards drawn.
         passes: size, levels and source picture of each way through the levels; most times one. What has only one of them is that of the first
-            (`width`, `height`, `levels`, `asked_steps`, `first_step`, `strength`, `source`), the finished picture's that of the last (`crop`, `tile`).
+            (`width`, `height`, `levels`, `asked_steps`, `first_step`, `strength`, `source`), and the finished picture's that of the last
+            (`crop`, `tile`).
         guiders: name -> options of those that act beside the plain rule, in the order in which they do.
         prompt, negative: what is said when, as token chunks, as many of one as of the other where both are used.
         empty: the empty prompt, likewise, where a guider asks for it.
@@ -211,7 +212,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     notes += idle(guiders, Progress(levels, first=skipped, total=total), lambda level: low <= family.path.find(level.half_log_snr) <= high)
     wrap = wrap_of(request, family, (width, height), crop, refuse)
     grid = grid_of(request, family, (width, height), wrap=wrap, later=False, refuse=refuse, notes=notes)
-    first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid, source=source)
+    first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid,
+                 source=source)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     approximate = approximations_of(request, family, refuse)
     if machine.tuned is not None and request.approximate is None:
@@ -225,7 +227,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=request, model=machine.model, task=request.task, passes=(first,) if second is None else (first, second), noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
+        request=request, model=machine.model, task=request.task, passes=(first,) if second is None else (first, second),
+        noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],

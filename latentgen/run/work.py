@@ -130,7 +130,7 @@ class Work:
         return replace(self, plan=plan)
 
     def scripts(self, one: Pass) -> list[Script]:
-        """What is said when, as the denoiser of each window hears it: words, and what the family adds of the picture. One, where all hear the same."""
+        """What is said when, as the denoiser of each window hears it: words, and what the family adds of the picture."""
         speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self.memo, self.plan, self.notes)
         windows = one.grid.windows
         if one.source is None:  # windows are of one size, and nothing else tells them apart
@@ -209,7 +209,8 @@ class Work:
             """One window's, with what remembers the steps before for itself."""
             nets, asked = quick(script)
             nets = approximate(nets, asked, plan=plan, shape=one.seen, tallies=self.savings)
-            return worded(self.family, self.network(nets, asked), plan, script, progress=progress, weaker={name: self.network(*quick(script, name)) for name in layers})
+            weaker = {name: self.network(*quick(script, name)) for name in layers}
+            return worded(self.family, self.network(nets, asked), plan, script, progress=progress, weaker=weaker)
 
         denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)
         denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=progress, residency=self.residency), plan.guiders)
@@ -237,7 +238,8 @@ class Work:
 
         def decoded(dtype: torch.dtype) -> Tensor:
             with self.residency.use("decoder", dtype=dtype) as modules:
-                return torch.cat([decode(modules["vae"], part, spec, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_decode).cpu() for part in z.split(1)])
+                whole = partial(decode, modules["vae"], spec=spec, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_decode)
+                return torch.cat([whole(part).cpu() for part in z.split(1)])
 
         pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
         self.notes.extend(said)
