@@ -122,6 +122,7 @@ def test_threads_with_and_without_guiders(pipe):
     ({"guiders": {"apg": {"eta": 7}}}, "apg's eta is 7"), ({"guiders": "apg", "guidance_scale": 1.0}, "apg is given but guidance_scale is 1"),
     ({"guiders": "cfg_pp", "guidance_scale": 7.0}, "cfg_pp has a scale of its own, from 0 to 1: leave guidance_scale out"),
     ({"guiders": "perp_neg"}, "no negative prompt"), ({"guiders": {"cfg_zero": {"zero_steps": 2}}}, "does not run on a rectified flow"),
+    ({"sampler": "euler_cfg_pp"}, "did you mean 'euler' with the guider 'cfg_pp'"),
     ({"guiders": {"pag": {"layers": "mid"}}}, "pag's layer is 'mid' .* choose among down_blocks.1, mid_block, up_blocks.0"),
     ({"guiders": {"slg": {"layers": [7, 8]}}}, "slg's layer is 7"), ({"apg_eta": 0.5}, "did you mean 'guiders'"), ({"pag_scale": 3}, "did you mean 'guiders'")])
 def test_what_cannot_be_honoured_is_said_while_planning(pipe, options, word):

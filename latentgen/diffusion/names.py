@@ -43,7 +43,7 @@ def _no(note: str) -> Ours:
     return Ours(note=f"no equivalent here: {note}")
 
 
-CFG_PP = "together with CFG++ guidance"
+CFG_PP = "together with the guider cfg_pp"
 BETWEEN = "asks at the middle of each step, there at every other level"
 BROWNIAN = "noise from another generator: another picture of the same kind"
 EVEN = "by steps of any length: exact weights here, approximate ones there"

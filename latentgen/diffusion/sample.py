@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentgen.diffusion.level import Denoiser, Level
-from latentgen.diffusion.names import Ours, foreign, nearest
+from latentgen.diffusion.names import CFG_PP, Ours, foreign, nearest
 from latentgen.diffusion.option import Option
 from latentgen.diffusion.samplers import adams, langevin, multistep, ode, one_step
 from latentgen.diffusion.samplers.steps import Noise, Step
@@ -153,6 +153,7 @@ def _hint(found: Ours | None) -> str:
         return f"that is a spacing, {found.spacing!r} here. " if found.spacing else f"{found.note}. "
     said = [f"spacing {found.spacing!r}"] if found.spacing else []
     said += [f"{name} {value!r}" for name, value in found.options.items()]
+    said += ["the guider 'cfg_pp'"] if found.note == CFG_PP else []
     return f"did you mean {found.sampler!r}{' with ' + ' and '.join(said) if said else ''}? "
 
 
