@@ -157,6 +157,7 @@ def test_sizes(pipe, said, size, noted):
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"sampler": "heun"}, {"guidance_interval": (0.3, 0.8)}, {"batch": 2}, {"tile": 48},
+                                     {"guiders": "pag", "tile": 48}, {"guiders": ["apg", "dynamic_threshold"], "tile": 48, "seamless": "both"},
                                      {"image": picture(), "strength": 0.6}])
 @pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
 def test_the_plan_counts_evaluations_exactly(pipe, options, upscaler):
@@ -346,6 +347,19 @@ def test_masked_in_windows_keeps_every_byte(pipe):
     made = np.asarray(pipe.inpaint("a cat", source, mask, seed=0, steps=2, tile=48).image)
     kept = np.asarray(mask) == 0
     assert (made[kept] == np.asarray(source)[kept]).all() and (made != np.asarray(source)).any()
+
+
+def test_each_window_remembers_for_itself(pipe):
+    """A picture of one row again and again: both windows see the same in every step, and caches or guiders that mixed them up would show."""
+    options = BASE | {"width": 64, "height": 112, "tile": 64, "approximate": "deep_cache", "guiders": "apg", "sampler": "euler"}
+    run, alone = pipe.stream("a cat", **options), pipe.stream("a cat", **options | {"height": 64})
+    x = SeededNoise([1], (4, 1, 8)).draw().expand(1, 4, 14, 8)
+    with pipe.residency.use("denoiser") as modules:
+        whole, part = (r._work.denoiser(one := r.plan.passes[0], modules, r._work.scripts(one), None, x) for r in (run, alone))
+        for level in run.plan.levels[:-1]:
+            x0, own = whole(x, level), part(x[:, :, :8], level)
+            torch.testing.assert_close(x0[:, :, :6], own[:, :, :6], rtol=0, atol=1e-5)
+            torch.testing.assert_close(x0[:, :, 8:], own[:, :, 2:], rtol=0, atol=1e-5)
 
 
 def test_each_window_of_an_inpaint_checkpoint_is_told_its_own_part(loaded):
