@@ -183,6 +183,14 @@ def test_quality_on_a_trained_model(name, options, least):
     assert psnr(made.image, exact.image) > least
 
 
+@pytest.mark.parametrize(("kind", "chosen"), [("flux1", {"first_block": {"threshold": 1.0}}), ("pixart", {"tea_cache": {"threshold": 2.0}}),
+                                              ("sd15", {"deep_cache": {"interval": 2}, "token_merging": {}})])
+def test_where_weights_come_block_by_block_it_is_the_same(load, tmp_path, kind, chosen):
+    streamed = latentgen.load(tiny(kind).save(tmp_path / kind), dtype="float32", device="cpu", progress=False, residency="stream")
+    made, resident = make(streamed, approximate=chosen), make(load(kind), approximate=chosen)
+    assert torch.equal(made.latents, resident.latents) and made.notes == resident.notes
+
+
 def test_every_approximation_is_tried_here():
     assert {*EXACT, "deep_cache", "token_merging"} == set(APPROXIMATIONS)
 
