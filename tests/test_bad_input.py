@@ -40,7 +40,7 @@ def encoded(image, kind="PNG", **options):
 def sentence(error):
     """The message, if it is one sentence on one line that says what to do and is short enough to read."""
     text = str(error)
-    assert text and "\n" not in text and 20 < len(text) < 800 and ": " in text, text
+    assert text and "\n" not in text and 20 < len(text) < 1000 and ": " in text, text
     assert "Traceback" not in text and "pydantic" not in text and "object at 0x" not in text, text
     return text
 

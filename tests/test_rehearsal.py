@@ -137,7 +137,7 @@ def test_what_was_rehearsed_is_remembered_by_its_shapes(place: Path, monkeypatch
     said = {"steps": 3, "width": 64, "height": 64}
     first = rehearse(pipe.checkpoint, pipe.family, pipe.plan("a cat on a mat", seed=1, **said))
     loaded = len(seen)
-    assert rehearse(pipe.checkpoint, pipe.family, pipe.plan("a dog on a rug", seed=2, **said)) is first and len(seen) == loaded
+    assert rehearse(pipe.checkpoint, pipe.family, pipe.plan("a dog on a rug", seed=2, **said)) == first and len(seen) == loaded
     larger = rehearse(pipe.checkpoint, pipe.family, pipe.plan("a cat on a mat", seed=1, **{**said, "width": 128}))
     assert larger.activations["decoder"] == pytest.approx(2 * first.activations["decoder"], rel=0.05)
 

@@ -142,6 +142,8 @@ SAMPLING: Group = (
             "Guide only in this part of the path, 0 (clean) to 1 (noise). Default: all of it.", metavar="LOW HIGH"),
     _option(_S, "guiders", list[str] | None, "--guider", "One of those that `latentgen guiders` lists, alone or as apg:eta=0.2,momentum=0; may be said several times.",
             metavar="NAME[:OPTION=VALUE,...]"),
+    _option(_S, "vae_tile", int | None, "--vae-tile", "Side in pixels of the tiles in which the autoencoder works. Default: 768 above a megapixel.", metavar="PIXELS"),
+    _option(_S, "split_guidance", bool, "--split-guidance", "The evaluations of guidance one after the other: slower, in less memory.", default=False),
     _option(_S, "approximate", list[str] | None, "--approximate", "What to leave out for speed: one of those that `latentgen approximations` lists, alone or "
             "as first_block:threshold=0.1; may be said several times. none: nothing, whatever --tuned says.", metavar="NAME[:OPTION=VALUE,...]"),
     _option(_S, "strict", bool, "--strict/--no-strict", "Whether an option that the model cannot honour is an error, or only a note.", default=True),
@@ -158,6 +160,8 @@ MACHINE: Group = (
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
     _option(_M, "quantise", str | None, "--quantise", "int8: weights of text encoders and denoiser in 8 bits, half the memory of bfloat16.", metavar="NAME"),
     _option(_M, "tuned", bool, "--tuned", "Take the approximations that `latentgen tune` found for this model here; the notes say which.", default=False),
+    _option(_M, "memory", str | None, "--memory", "Plan for this much memory on the device, as 8GB, or auto for what is free: placement, tiles and batching "
+            "follow, and the plan tells memory and time.", metavar="SIZE"),
     _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs, stream and disk only one block of it.",
             default="resident", metavar="NAME"),
 )
@@ -178,7 +182,7 @@ def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
         if not (name.isidentifier() and path):
             raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
         parts[name] = path
-    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config", "allow_pickle", "quantise", "tuned")}
+    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config", "allow_pickle", "quantise", "tuned", "memory")}
     return load(said.pop("model"), progress=progress, **machine, **parts)
 
 

@@ -267,10 +267,11 @@ def _report(result: Result, files: list[Path], *, quiet: bool, as_json: bool) ->
 
 def _plan_data(made: Plan) -> dict[str, Any]:
     """A plan as plain data: every field but the request and the pictures, prompts as their counts, levels as numbers."""
-    pictures = ("request", "source", "references", "pictures")
+    pictures = ("request", "source", "references", "pictures", "foresee", "forecast")
     data = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in (*pictures, "passes", "prompt", "negative", "noise")}
     data |= {"steps": made.steps, "evaluations": made.evaluations, "seeds": made.seeds, "noise": asdict(made.noise),
              "options": dict(made.options), "weights": dict(made.weights)}
+    data |= {} if made.forecast is None else {"memory": made.forecast.data()}
     for name, text in (("prompt", made.prompt), ("negative", made.negative)):
         data[name] = {"text": text.text, "tokens": text.tokens, "chunks": len(text.ids)}
         data[name] |= {"texts": [getattr(one, name).text for one in made.pictures]} if made.pictures else {}

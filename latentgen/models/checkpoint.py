@@ -23,6 +23,8 @@ from latentgen.models.load import Source, check_fit
 from latentgen.models.pickles import refuse_pickle
 
 if TYPE_CHECKING:
+    import torch
+
     from latentgen.models.identify import Identified
     from latentgen.models.inspect import Report
 
@@ -63,9 +65,9 @@ class Checkpoint:
         for part in self.family.parts:
             check_fit(self.sources[part.name], part)
 
-    def weight_bytes(self, stage: str | None = None) -> int:
-        """Bytes of weights as stored, of one stage or of all."""
-        return sum(self.sources[p.name].weight_bytes(p) for p in self.family.parts if stage is None or stage in p.stages)
+    def weight_bytes(self, stage: str | None = None, *, dtype: torch.dtype | None = None) -> int:
+        """Bytes of weights, of one stage or of all: as stored, or as they are held in a dtype."""
+        return sum(self.sources[p.name].weight_bytes(p, dtype=dtype) for p in self.family.parts if stage is None or stage in p.stages)
 
     @cached_property
     def digest(self) -> str:

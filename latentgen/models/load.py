@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from math import prod
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
 OURS = ("attn_implementation", "experts_implementation", "return_dict", "output_attentions", "output_hidden_states")  # how a network runs is not its config's to say
 ALIGNED = 64  # bytes, as torch allocates
+WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # which no dtype of a network changes
 GENERAL = "Transformer2DModel"  # what configs call a class that got a name of its own only after they were published
 
 
@@ -61,13 +63,14 @@ class Source:
                 raise ModelError(f"{self.label} has no weights any more: {file.name} is gone, so get it again")
         return [header_of(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
 
-    def weight_bytes(self, part: Part) -> int:
-        """Bytes of the part's weights as stored, from the headers alone."""
+    def weight_bytes(self, part: Part, *, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the part's weights, from the headers alone: as stored, or as they are held in a dtype."""
         tensors = {name: t for h in self.headers() for name, t in h.tensors.items()}
         from latentgen.models.convert import find_prefix
 
         prefix = find_prefix(tensors, part.original) if self.original and part.original else ""
-        return sum(t.end - t.start for name, t in tensors.items() if name.startswith(prefix or ""))
+        own = [t for name, t in tensors.items() if name.startswith(prefix or "")]
+        return sum(t.end - t.start if dtype is None or t.dtype in WHOLE_NUMBERS else prod(t.shape) * dtype.itemsize for t in own)
 
 
 def empty_module(source: Source, part: Part, *, shapes_only: bool = False) -> nn.Module:

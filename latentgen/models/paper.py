@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from latentgen.models.load import as_kept, empty_module, kept_precise
+from latentgen.models.quantise import hold
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from latentgen.models.load import Source
 
 
-def paper_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
+def paper_part(source: Source, part: Part, dtype: torch.dtype, *, quantise: bool = False) -> nn.Module:
     """The part as `load_part` gives it, with weights on the meta device: shapes, dtypes and memory formats without a byte of them.
+
+    Args:
+        quantise: with the linears of blocks in 8 bits.
 
     Raises:
         ModelError: an unknown class, or a config that does not fit it.
@@ -27,4 +31,6 @@ def paper_part(source: Source, part: Part, dtype: torch.dtype) -> nn.Module:
     state = {name: as_kept(torch.empty(t.shape, dtype=t.dtype, device="meta"), dtype, keep=any(k in name.split(".") for k in keep), images=images)
              if t.is_floating_point() else t for name, t in module.state_dict().items()}
     module.load_state_dict(state, strict=True, assign=True)
+    if quantise:
+        hold(module)
     return module.eval().requires_grad_(False)

@@ -62,7 +62,7 @@ def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, pr
         rows = []
         for n, part in enumerate(x.split(plan.rows)):
             each = [repeated(c, len(part), first=n * plan.rows) for c in said]
-            if together and each[1:]:
+            if together and each[1:] and not plan.request.split_guidance:
                 rows.append(ask(torch.cat([part] * len(each)), level, joined(each)).chunk(len(each)))
             else:  # encoders without padding give the texts different lengths
                 rows.append(tuple(ask(part, level, c) for c in each))

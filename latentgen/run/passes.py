@@ -46,6 +46,7 @@ class Pass:
         grid: the windows through which the network sees the latent; most times one, which is all of it.
         upscaler: how what the pass before made was brought to this size, "" for the first pass.
         source: the picture that an edit starts from, at this size.
+        vae_tile: side of the autoencoder's tiles in pixels, None where it was not said.
     """
 
     width: int
@@ -59,6 +60,7 @@ class Pass:
     grid: Grid
     upscaler: str = ""
     source: Source | None = field(default=None, repr=False, compare=False)
+    vae_tile: int | None = None
 
     @property
     def steps(self) -> int:
@@ -68,7 +70,8 @@ class Pass:
     @property
     def tile(self) -> int | None:
         """Side of an autoencoder's tile in pixels, None where it sees the picture whole."""
-        return TILE if self.width * self.height > TILE_ABOVE else None
+        side = self.vae_tile or (TILE if self.width * self.height > TILE_ABOVE else None)
+        return None if side is None or side >= max(self.width, self.height) else side
 
     @property
     def seen(self) -> tuple[int, int]:
@@ -174,7 +177,7 @@ def second_pass(request: Request, family: Family, first: Pass, *, count: Callabl
         source = Source(to_images(pixels)[0], None if mask is None else wide(mask))
     skipped = full.index(levels[0])
     evaluations = count(levels, skipped, whole) * len(grid.windows)
-    return Pass(width, height, crop, whole, skipped + 1, levels, strength, evaluations, grid, name, source)
+    return Pass(width, height, crop, whole, skipped + 1, levels, strength, evaluations, grid, name, source, request.vae_tile)
 
 
 def upscale_steps(steps: int, strength: float) -> int:

@@ -10,6 +10,7 @@ from contextlib import closing
 from functools import cached_property
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from latentgen.models.checkpoint import Checkpoint, open_checkpoint
 from latentgen.models.quantise import WAYS
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
+from latentgen.run.budget import fitted, memory_bytes
+from latentgen.run.forecast import forecast
 from latentgen.run.meaning import explained, planned
 from latentgen.run.memo import Memo
 from latentgen.run.plan import Machine, Plan
@@ -31,6 +34,7 @@ from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES, STREAMING, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
+from latentgen.run.speed import speeds
 from latentgen.run.state import Keeper, State, read_state
 from latentgen.run.work import Work
 
@@ -46,7 +50,7 @@ OnStep = Callable[[Step], None]
 
 def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None,
          card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, quantise: str | None = None, tuned: bool = False,
-         **parts: str | Path) -> Pipeline:
+         memory: str | int | None = None, **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -63,6 +67,7 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         quantise: "int8" holds the weights of text encoders and denoiser in 8 bits: half the memory of bfloat16, a little slower, another picture of the
             same kind. For residency "resident" and "stage".
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
+        memory: "8GB", a number of bytes, or "auto" for what is free: every plan is made to fit it, see `Pipeline.plan`.
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
@@ -78,7 +83,7 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
-    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, quantise=quantise, progress=progress)
+    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, quantise=quantise, progress=progress, memory=memory)
     return made.tuned() if tuned else made
 
 
@@ -86,14 +91,16 @@ class Pipeline:
     """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, `edit`, or `plan` and `stream` with a `Request`."""
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", quantise: str | None = None,
-                 progress: bool | None = None) -> None:
+                 progress: bool | None = None, memory: str | int | None = None) -> None:
         self.checkpoint = checkpoint
         self.card = checkpoint.card
         self.family = checkpoint.family
         self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, quantise=quantise)
-        self.progress = progress
+        self.progress, self.memory = progress, memory
+        if memory is not None:
+            memory_bytes(memory, device)
         self._memo = Memo()
-        weights = {stage: checkpoint.weight_bytes(stage) for stage in ("text", "denoiser", "decoder")}
+        weights = {stage: checkpoint.weight_bytes(stage, dtype=dtype) for stage in ("text", "denoiser", "decoder")}
         self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes, self._layers,
                                 quantise=quantise)
 
@@ -216,13 +223,27 @@ class Pipeline:
         found = state if isinstance(state, State) else read_state(state)
         return self._finished(self.stream(found, save_every=save_every, classifier=classifier), on_step)
 
-    def plan(self, request: Request | str, **options: Any) -> Plan:
+    def plan(self, request: Request | str, *, memory: str | int | None = None, **options: Any) -> Plan:
         """Everything that would be done, decided without touching weights. Takes a `Request`, or a prompt with options.
 
+        Args:
+            memory: "8GB", a number of bytes, or "auto" for what is free on the device: the fastest placement, batching and tiles that fit, with what
+                each stage will need and how long it will take. None takes that of `load`, most times none.
+
         Raises:
-            RequestError, ImageError: input that cannot be honoured.
+            RequestError, ImageError: input that cannot be honoured, or too little memory.
         """
-        return planned(_as_request(request, options), self.family, self.checkpoint.tokenizers, self._machine)
+        memory = self.memory if memory is None else memory
+        said = _as_request(request, options)
+        if memory is None:
+            return self._unlimited(said)
+        speed = speeds(self.residency.device, self.residency.dtype)
+        foresee = partial(forecast, self.checkpoint, self.family, speeds=speed)
+        return fitted(said, self._unlimited, foresee, memory_bytes(memory, self.residency.device))
+
+    def _unlimited(self, request: Request) -> Plan:
+        made = planned(request, self.family, self.checkpoint.tokenizers, self._machine)
+        return replace(made, foresee=partial(forecast, self.checkpoint, self.family))
 
     def explain(self, request: Request | str, **options: Any) -> Explanation:
         """What a prompt says to each encoder: tokens, chunks, weights, the schedule by step, what is not heard. Loads no weights; print it.
@@ -256,7 +277,7 @@ class Pipeline:
             return self.plan(request, **options)
         _alone("a finished plan", options)
         own = self._machine
-        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.residency, m.weights) for m in (request, own))
+        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.weights) for m in (request, own))
         if theirs != ours:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return request

@@ -30,6 +30,7 @@ from latentgen.run.tuned import Tuned
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
+    from latentgen.run.forecast import Forecast
     from latentgen.run.request import Request
 
 SIDES = {"cfg": 2, "image": 3}  # how often a guided evaluation sees a picture
@@ -58,6 +59,7 @@ class Plan:
         split: which process of several this is, where the sides of guidance are shared among them.
         weights: bytes of weights per stage, from the files' headers.
         origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.
+        foresee: predicts what this plan needs; `forecast` is what it said where the plan was made for a memory, `memory` asks it otherwise.
         pictures: where wildcards gave the pictures of a batch different texts, the plan of each; () for most. Then `prompt` and `negative` are those
             of the first, and `evaluations` the most that any has.
     """
@@ -92,6 +94,8 @@ class Plan:
     quantise: str | None = None
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    foresee: Callable[[Plan], Forecast] | None = field(default=None, repr=False, compare=False)
+    forecast: Forecast | None = field(default=None, compare=False)
     pictures: tuple[Plan, ...] = field(default=(), repr=False)
 
     width = property(lambda self: self.passes[0].width)
@@ -119,6 +123,17 @@ class Plan:
         """How often the network sees one picture in all passes, exactly."""
         return sum(one.evaluations for one in self.passes)
 
+    @property
+    def memory(self) -> Forecast:
+        """What it needs, by stage; from shapes alone, which takes some seconds the first time.
+
+        Raises:
+            RequestError: the plan was not made by a pipeline.
+        """
+        if self.forecast is None and self.foresee is None:
+            raise RequestError("the memory of this plan is not known: make it with pipe.plan")
+        return self.forecast or self.foresee(self)  # type: ignore[misc]
+
     def __str__(self) -> str:
         first = self.passes[0]
         scale = "of cfg_pp" if "cfg_pp" in self.guiders else f"{self.guidance_scale:g}"
@@ -132,6 +147,8 @@ class Plan:
             "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, {self.evaluations} network evaluations a picture",
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
+        if self.forecast is not None:
+            rows |= {"memory": str(self.forecast), "time": self.forecast.time}
         if self.guiders:
             rows["guiders"] = "; ".join(" ".join([name, *(f"{key} {value}" for key, value in options.items())]) for name, options in self.guiders.items())
         if self.approximate:
@@ -183,6 +200,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
 
     references = open_references(request, family)
     source, width, height, crop = sized(request, family, references)
+    if (request.vae_tile or 0) % family.latent.factor:
+        raise RequestError(f"vae_tile is {request.vae_tile}: expected a multiple of {family.latent.factor}, so use {request.vae_tile // family.latent.factor * family.latent.factor}")
     native = defaults.width * defaults.height
     if not native / 5 < width * height < native * 5:
         notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
@@ -213,7 +232,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     wrap = wrap_of(request, family, (width, height), crop, refuse)
     grid = grid_of(request, family, (width, height), wrap=wrap, later=False, refuse=refuse, notes=notes)
     first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid,
-                 source=source)
+                 source=source, vae_tile=request.vae_tile)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     approximate = approximations_of(request, family, refuse)
     if machine.tuned is not None and request.approximate is None:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentgen.models.family import Family, Stage
+from latentgen.models.family import Family, Part, Stage
 from latentgen.models.paper import paper_part
 from latentgen.pixels.upscale import UPSCALERS
 from latentgen.run.ledger import KINDS, Ledger
 from latentgen.run.memo import Memo
+from latentgen.run.residency import QUANTISED
 from latentgen.run.work import Work
 from latentgen.run.workspace import on_cpu, on_gpu
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 STAGES: tuple[Stage, ...] = ("text", "encoder", "denoiser", "decoder")
 KEPT = 64  # rehearsals that a process remembers
-SAID = ("prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask", "reference",
+KEPT_PARTS = 4  # checkpoints whose parts on paper it keeps
+SAID = ("vae_tile", "prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask", "reference",
         "latents",
         "steps", "guidance_scale", "strict")  # what of a request changes no shape, or shows in the plan
 
@@ -45,18 +47,19 @@ class Rehearsed:
     Attributes:
         activations: stage -> the most bytes of tensors alive in it; absent where the run has no such stage.
         flops: stage -> kind of arithmetic -> floating-point operations of the whole run.
+        kept: bytes that are still alive when the last picture is decoded.
     """
 
     activations: Mapping[Stage, int]
     flops: Mapping[Stage, Mapping[str, float]]
+    kept: int = 0
 
 
 class PaperResidency:
     """Stands for `Residency` in a rehearsal: parts with shapes only, and the ledger read at the end of each stage."""
 
-    def __init__(self, checkpoint: Checkpoint, ledger: Ledger, dtype: torch.dtype) -> None:
-        self.checkpoint, self.ledger, self.dtype = checkpoint, ledger, dtype
-        self.parts = {part: paper_part(checkpoint.sources[part.name], part, dtype) for part in checkpoint.family.parts}
+    def __init__(self, parts: Mapping[Part, nn.Module], ledger: Ledger, dtype: torch.dtype) -> None:
+        self.parts, self.ledger, self.dtype = parts, ledger, dtype
         self.device = torch.device("cpu")  # where inputs are made, in numbers; what meets a weight is paper from there on
         self.peaks: dict[Stage, int] = {}
         self.flops: dict[Stage, dict[str, float]] = {}
@@ -65,7 +68,7 @@ class PaperResidency:
         """There is nothing to read."""
 
     @contextmanager
-    def use(self, stage: Stage, *, dtype: torch.dtype | None = None) -> Iterator[dict[str, nn.Module]]:
+    def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None) -> Iterator[dict[str, nn.Module]]:
         """As `Residency.use`."""
         before = dict(self.ledger.flops)
         self.ledger.restart()
@@ -78,8 +81,37 @@ class PaperResidency:
                 done[kind] += self.ledger.flops[kind] - before[kind]
 
 
-_remembered: OrderedDict[str, Rehearsed] = OrderedDict()
-_lock = Lock()
+class _Kept:
+    """Values by key, the latest `limit` of them. Safe for many threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = make()
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > self.limit:
+                self._kept.popitem(last=False)
+        return made
+
+
+_rehearsals, _decodings, _parts = _Kept(KEPT), _Kept(KEPT), _Kept(KEPT_PARTS)
+
+
+def paper_parts(checkpoint: Checkpoint, plan: Plan) -> Mapping[Part, nn.Module]:
+    """Every part on paper as a plan holds it, or those made before."""
+    def made() -> Mapping[Part, nn.Module]:
+        return {part: paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype), quantise=bool(plan.quantise and QUANTISED & {*part.stages}))
+                for part in checkpoint.family.parts}
+
+    return _parts.get(_digest([_configs(checkpoint), plan.dtype, plan.quantise]), made)
 
 
 def rehearse(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
@@ -88,30 +120,31 @@ def rehearse(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
     Raises:
         What the run itself would raise that hangs on no numbers.
     """
-    key = _key(checkpoint, plan)
-    with _lock:
-        if key in _remembered:
-            _remembered.move_to_end(key)
-            return _remembered[key]
-    made = _rehearsed(checkpoint, family, plan)
-    with _lock:
-        _remembered[key] = made
-        while len(_remembered) > KEPT:
-            _remembered.popitem(last=False)
-    return made
+    key, last = _key(checkpoint, plan), plan.passes[-1]
+    made = _rehearsals.get(key, lambda: _sampled(checkpoint, family, plan))
+    size = [_configs(checkpoint), plan.dtype, plan.quantise, plan.device, last.width, last.height, last.tile]
+    peak, flops = _decodings.get(_digest(size), lambda: _decoded(checkpoint, family, plan))
+    pictures = len(plan.seeds)
+    # on a CPU, finished pictures lie beside it as they are decoded, and once more when they are joined
+    beside = (pictures - 1) * 2 * 3 * 4 * last.width * last.height if plan.device.startswith("cpu") else 0
+    earlier = made.activations.get("decoder", 0)  # of a picture that was decoded between two passes
+    decoder = {kind: value * pictures + made.flops.get("decoder", {}).get(kind, 0.0) for kind, value in flops.items()}
+    return Rehearsed({**made.activations, "decoder": max(peak + made.kept + beside, earlier)}, {**made.flops, "decoder": decoder}, made.kept)
 
 
-def _rehearsed(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
-    cpu, count, pictures = plan.device.startswith("cpu"), min(len(plan.seeds), plan.rows), len(plan.seeds)
+def _ledger(plan: Plan) -> Ledger:
+    return Ledger(paper=True, alike=plan.batching != "triple", workspace=on_cpu if plan.device.startswith("cpu") else on_gpu)
+
+
+def _sampled(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
+    """Everything before the last picture is decoded."""
+    count, pictures = min(len(plan.seeds), plan.rows), len(plan.seeds)
     shown = replace(plan, noise=replace(plan.noise, own=plan.noise.own[:count], variations=plan.noise.variations[:count]))
-    seen = [0]
-    ledger = Ledger(paper=True, alike=plan.batching != "triple", workspace=on_cpu if cpu else on_gpu)
-    residency = PaperResidency(checkpoint, ledger, getattr(torch, plan.dtype))
-    sampling = dict.fromkeys(KINDS, 0.0)
+    seen, sampling, x, ledger = [0], dict.fromkeys(KINDS, 0.0), None, _ledger(plan)
+    residency = PaperResidency(paper_parts(checkpoint, plan), ledger, getattr(torch, plan.dtype))
     with torch.no_grad(), ledger:
         work = _PaperWork(replace(family, predict=_counted(family, seen)), checkpoint, residency, Memo(), shown)  # type: ignore[arg-type]
         readied = [(work.scripts(one), work.source_latents(one)) for one in plan.passes]
-        x = None
         for n, (one, (scripts, z0)) in enumerate(zip(plan.passes, readied, strict=True)):
             eps = torch.zeros(count, *family.latent.shape(one.width, one.height))
             x = work.start(one, z0, eps, None if x is None else _larger(work, plan.passes[n - 1], one, x))
@@ -123,12 +156,18 @@ def _rehearsed(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
                 for kind in KINDS:
                     sampling[kind] += before[kind] - began[kind] + (ledger.flops[kind] - before[kind]) / max(seen[0], 1) * one.evaluations * pictures
             del modules, denoise
-        work.pixels(plan.passes[-1], x[:1])
-    activations, flops = dict(residency.peaks), {stage: dict(kinds) for stage, kinds in residency.flops.items()} | {"denoiser": sampling}
-    flops["decoder"] = {kind: value * pictures for kind, value in flops["decoder"].items()}
-    if cpu:  # finished pictures lie there as they are decoded, and once more when they are joined
-        activations["decoder"] += (pictures - 1) * 2 * 3 * 4 * plan.passes[-1].width * plan.passes[-1].height
-    return Rehearsed(activations, flops)
+        kept = ledger.live
+    return Rehearsed(dict(residency.peaks), {stage: dict(kinds) for stage, kinds in residency.flops.items()} | {"denoiser": sampling}, kept)
+
+
+def _decoded(checkpoint: Checkpoint, family: Family, plan: Plan) -> tuple[int, Mapping[str, float]]:
+    """Peak bytes and arithmetic of one picture's decoding."""
+    ledger, last = _ledger(plan), plan.passes[-1]
+    residency = PaperResidency(paper_parts(checkpoint, plan), ledger, getattr(torch, plan.dtype))
+    z = torch.zeros(1, *family.latent.shape(last.width, last.height))
+    with torch.no_grad(), ledger:
+        _PaperWork(family, checkpoint, residency, Memo(), plan).pixels(last, z)  # type: ignore[arg-type]
+    return residency.peaks["decoder"], residency.flops["decoder"]
 
 
 class _PaperWork(Work):
@@ -164,8 +203,16 @@ def _key(checkpoint: Checkpoint, plan: Plan) -> str:
     said = plan.request.model_dump(exclude=set(SAID), mode="python")
     texts = [[{name: (len(c.ids), len(c.ids[0]), c.weighted) for name, c in one.chunks.items()} for span in text.spans for one in span.conjuncts]
              for text in (plan.prompt, plan.negative)]
-    passes = [(one.width, one.height, one.tile, one.evaluations, None if one.source is None else one.source.mask is None) for one in plan.passes]
-    parts = {part.name: (part.cls, dict(checkpoint.sources[part.name].config)) for part in checkpoint.family.parts}
-    whole = [parts, said, texts, passes, [picture.size for picture in plan.references], plan.task, len(plan.seeds), plan.rows, plan.batching,
-             plan.dtype, plan.device, plan.guidance_interval, plan.weighting, plan.sampler, dict(plan.approximate)]
+    edits = any(one.source is not None or one.upscaler for one in plan.passes) or bool(plan.references)
+    passes = [(one.width, one.height, one.tile if edits else None, one.evaluations, None if one.source is None else one.source.mask is None)
+              for one in plan.passes]
+    return _digest([_configs(checkpoint), said, texts, passes, [picture.size for picture in plan.references], plan.task, len(plan.seeds), plan.rows,
+                    plan.batching, plan.dtype, plan.quantise, plan.device, plan.guidance_interval, plan.weighting, plan.sampler, dict(plan.approximate)])
+
+
+def _configs(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {part.name: (part.cls, dict(checkpoint.sources[part.name].config)) for part in checkpoint.family.parts}
+
+
+def _digest(whole: Any) -> str:
     return sha256(json.dumps(whole, default=repr, sort_keys=True).encode()).hexdigest()

@@ -38,6 +38,7 @@ EXPECTED = {
     "upscale": "a number from 1.05 to 4", "upscaler": "an upscaler's name", "upscale_strength": "a number above 0 and up to 1",
     "upscale_steps": "a whole number from 1 to 1000", "tile": "a whole number of pixels from 16 to 8192",
     "seamless": "'x', 'y' or 'both'",
+    "vae_tile": "a whole number of pixels from 64 to 4096", "split_guidance": "True or False",
     "feather": "a whole number of pixels from 0 to 512", "strict": "True or False", "fit": "'resize' or nothing",
 } | {side: "a whole number of pixels from 0 to 4096" for side in ("left", "right", "top", "bottom")}
 EXPECTED |= {side: "a whole number of pixels from 8 to 8192, a multiple of the model's latents" for side in ("seed_width", "seed_height")}
@@ -121,6 +122,8 @@ class Request(BaseModel):
         tile: side in pixels of overlapping windows in which a larger picture is denoised, each a picture of its own to the network (Bar-Tal et al.
             2023). None: the whole picture at once, unless a second pass is more than 4 times the model's own area.
         seamless: "x", "y" or "both": the picture's left and right edges, its top and bottom ones, or all meet, so that copies of it lie side by side.
+        vae_tile: side in pixels of the tiles in which the autoencoder works; by default tiles of 768 above a megapixel.
+        split_guidance: the evaluations of guidance one after the other, not in one call: slower, in less memory.
         fit: "resize" lets a mask or image of another size be resized.
         strict: False turns what a model cannot honour into a note.
 
@@ -193,6 +196,8 @@ class Request(BaseModel):
     denoising_end: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
     latents: Any = None
     approximate: dict[str, dict[str, float | int | str]] | None = None
+    vae_tile: int | None = Field(None, ge=64, le=4096)
+    split_guidance: bool = False
     strict: bool = True
 
     def __init__(self, **said: Any) -> None:

@@ -178,7 +178,7 @@ class Speaker:
                 heard[reader] = states
                 return weigh(reader, states)
 
-            with self.residency.use("text", dtype=dtype) as modules, torch.no_grad():
+            with self.residency.use("text", dtype=dtype, policy=self.plan.residency) as modules, torch.no_grad():
                 made = self.family.encode(modules, Words(ids, mask, said, empty, self._skip, seen, listened))
             check_words(heard, made.tokens, made.pooled, dtype)
             return made

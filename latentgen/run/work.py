@@ -108,7 +108,7 @@ class Work:
             noise = noise if made is None else noise.sized(spec.shape(one.width, one.height))
             eps, watch = noise.draw().to(device), Watch()
             x = self.start(one, z0, eps, made)
-            with self.residency.use("denoiser", dtype=self.precision) as modules:
+            with self.residency.use("denoiser", dtype=self.precision, policy=plan.residency) as modules:
                 denoise = self.denoisers(one, modules, said, z0, eps)
                 for step in sample(denoise, x, one.levels, noise=lambda noise=noise: noise.draw().to(device), **plan.options):
                     x = step.x
@@ -158,7 +158,7 @@ class Work:
         """
 
         def encoded(dtype: torch.dtype) -> Tensor:
-            with self.residency.use("encoder", dtype=dtype) as modules:
+            with self.residency.use("encoder", dtype=dtype, policy=self.plan.residency) as modules:
                 return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, wrap=wrap, call=self.family.vae_encode)
 
         key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile, wrap)
@@ -237,7 +237,7 @@ class Work:
         spec = self.family.latent
 
         def decoded(dtype: torch.dtype) -> Tensor:
-            with self.residency.use("decoder", dtype=dtype) as modules:
+            with self.residency.use("decoder", dtype=dtype, policy=self.plan.residency) as modules:
                 whole = partial(decode, modules["vae"], spec=spec, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_decode)
                 return torch.cat([whole(part).cpu() for part in z.split(1)])
 

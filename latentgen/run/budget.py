@@ -1,0 +1,160 @@
+"""A plan that fits a memory: the fastest placement, batching and tiles whose forecast does. Knows plans and forecasts; loads and runs nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from latentgen.errors import RequestError
+from latentgen.run.forecast import GB, NAMES
+from latentgen.run.residency import POLICIES, STREAMING
+
+if TYPE_CHECKING:
+    from latentgen.run.forecast import Forecast
+    from latentgen.run.plan import Plan
+    from latentgen.run.request import Request
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+TILES = (512, 384, 256)  # sides of the autoencoder's tiles, in pixels, from the fastest to the smallest
+MARGIN = 1.03  # how much more than predicted is kept free
+
+
+def memory_bytes(said: str | int, device: torch.device) -> int:
+    """Bytes that were named: "8GB", "7.5 GiB", a number of bytes, or "auto" for what is free on the device.
+
+    Raises:
+        RequestError: none of these.
+    """
+    if said == "auto":
+        return free_bytes(device)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", said.lower()) if isinstance(said, str) else None
+    number = said if isinstance(said, int) and not isinstance(said, bool) else None if found is None else int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    if number is None or number <= 0:
+        raise RequestError(f"memory is {said!r:.60}: expected a size as '8GB' or '7.5GiB', a number of bytes, or 'auto' for what is free")
+    return number
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on a device now; in main memory, as far as this process may grow."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _available()
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        most, now = (_number(f"/sys/fs/cgroup/{name}") for name in (limit, used))
+        if most is not None and now is not None:
+            free = min(free, max(0, most - now))
+    return free
+
+
+def _available() -> int:
+    """Of main memory, what could be had without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        raise RequestError("memory is 'auto' but this system does not tell how much is free: name a size, as memory='8GB'") from None
+
+
+def _number(path: str) -> int | None:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):  # none, or "max"
+        return None
+
+
+def fitted(request: Request, make: Callable[[Request], Plan], foresee: Callable[[Plan], Forecast], budget: int) -> Plan:
+    """The first plan that fits, going down the ladder: from what the pipeline would do, guidance split, smaller tiles, then the next policy of residency.
+
+    Args:
+        make: plans a request as the pipeline would without a limit.
+        foresee: predicts what a plan needs.
+
+    Raises:
+        RequestError: none fits: what it needs at least, and what would help.
+    """
+    wish = make(request)
+    if request.seed is None:  # what wildcards draw hangs on it
+        request = request.replace(seed=wish.seeds[0])
+
+    def anew(plan: Plan, **changes: object) -> Plan:
+        made = make(request.replace(**{"vae_tile": plan.request.vae_tile, "split_guidance": plan.request.split_guidance, **changes}))
+        return placed(replace(made, noise=plan.noise), residency=plan.residency, rows=plan.rows)
+
+    tried: list[tuple[int, str, Forecast]] = []
+    policies = [policy for policy in POLICIES[POLICIES.index(wish.residency):] if not (wish.quantise and policy in STREAMING)]
+    for policy in policies:
+        plan = placed(wish, residency=policy)
+        for step in _sampled(plan, anew):
+            need = foresee(step)
+            if _fits(need.peak, budget) or need.stages["denoiser"].peak * MARGIN <= budget:
+                plan = step
+                break
+            plan = step
+        for step in _decoded(plan, anew):
+            need = foresee(step)
+            tried.append((need.peak, policy, need))
+            if _fits(need.peak, budget):
+                return _told(wish, step, need, budget, foresee)
+    least, policy, need = min(tried, key=lambda each: each[0])
+    stage = max(need.stages, key=lambda name: need.stages[name].peak)
+    raise RequestError(f"memory is {budget / GB:.3g} GB but this needs at least {least * MARGIN / GB:.3g} GB, for {NAMES[stage]} at {wish.width}x{wish.height} with "
+                       f"residency {policy!r}: {_cure(stage, need)}")
+
+
+def _fits(peak: int, budget: int) -> bool:
+    return peak * MARGIN <= budget
+
+
+def _cure(stage: str, need: Forecast) -> str:
+    if need.stages[stage].weights > need.stages[stage].activations:  # type: ignore[index]
+        return "give it more memory, load it in a dtype of fewer bytes, or use a smaller model"
+    return "make the picture smaller, or fewer at once" if stage == "denoiser" else "make the picture smaller"
+
+
+def placed(plan: Plan, **changes: object) -> Plan:
+    """A plan, and those of its pictures, with other fields of where and how it runs."""
+    return replace(plan, **changes, pictures=tuple(replace(one, **changes) for one in plan.pictures))
+
+
+def _sampled(plan: Plan, anew: Callable[..., Plan]) -> Iterator[Plan]:
+    """A plan with ever fewer rows in a call of its network."""
+    yield plan
+    while plan.rows > 1:
+        plan = placed(plan, rows=(plan.rows + 1) // 2)
+        yield plan
+    if plan.batching != "off" and not plan.request.split_guidance:
+        yield anew(plan, split_guidance=True)
+
+
+def _decoded(plan: Plan, anew: Callable[..., Plan]) -> Iterator[Plan]:
+    """A plan with ever smaller tiles of its autoencoder, except where the user said their size."""
+    yield plan
+    if plan.request.vae_tile is None:
+        for side in TILES:
+            if side < (plan.tile or max(plan.passes[-1].width, plan.passes[-1].height)):
+                yield anew(plan, vae_tile=side)
+
+
+def _told(wish: Plan, plan: Plan, need: Forecast, budget: int, foresee: Callable[[Plan], Forecast]) -> Plan:
+    """The plan with its forecast, and why it is not as it would be without a limit."""
+    changed = []
+    if plan.residency != wish.residency:
+        changed.append(f"residency is {plan.residency!r}")
+    if plan.rows != wish.rows:
+        changed.append(f"{plan.rows} of {wish.rows} pictures are in a call of the network")
+    if plan.request.split_guidance != wish.request.split_guidance:
+        changed.append("guidance is split")
+    if plan.tile != wish.tile:
+        changed.append(f"the autoencoder works in tiles of {plan.tile} pixels")
+    note = f"to fit {budget / GB:.3g} GB {' and '.join(changed)}: otherwise it would need {foresee(wish).peak / GB:.3g} GB"
+    return replace(plan, forecast=replace(need, budget=budget), notes=(*plan.notes, *([note] if changed else [])))

@@ -1,0 +1,145 @@
+"""Plans for a memory: full-size checkpoints from headers alone, what is said about them, and that what they choose is what runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_full_size import Shelf
+from tiny_folders import tiny
+from typer.testing import CliRunner
+
+import latentgen
+from latentgen.cli import app
+from latentgen.errors import RequestError
+from latentgen.run import budget as budget_module
+from latentgen.run.budget import memory_bytes
+from latentgen.run.residency import POLICIES
+from latentgen.run.speed import speeds
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def own_config(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTGEN_CONFIG", str(tmp_path_factory.getbasetemp() / "config"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    shelf, made = Shelf(tmp_path_factory.mktemp("full")), {}
+
+    def pipe(variant: str) -> Any:
+        if variant not in made:
+            file = shelf.file(variant)
+            beside = shelf.beside(variant, latentgen.inspect(file).missing)
+            made[variant] = latentgen.load(file, dtype="bfloat16", device="cpu", progress=False, **beside)
+        return made[variant]
+
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return latentgen.load(tiny("sdxl").save(tmp_path_factory.mktemp("small") / "sdxl"), device="cpu", dtype="float32", progress=False)
+
+
+FITS = {"flux1-dev": {36: "resident", 24: "stage", 16: "stream", 12: "stream", 8: "stream"}, "sdxl": {8: "resident", 6: "stage", 4: "stream"},
+        "sd15": {3: "resident", 2: "stage"}}
+EACH = [pytest.param(variant, size, marks=[pytest.mark.slow] * ((variant, size) in [("flux1-dev", 36), ("flux1-dev", 12), ("sdxl", 6)]))
+        for variant, sizes in FITS.items() for size in sizes]
+
+
+@pytest.mark.parametrize("variant, size", EACH)
+def test_published_models_in_the_memory_of_usual_cards(full: Any, variant: str, size: int) -> None:
+    plan = full(variant).plan("a cat", seed=0, memory=f"{size}GB")
+    assert plan.residency == FITS[variant][size]
+    assert max(need.peak for need in plan.memory.stages.values()) == plan.memory.peak <= size * GB
+    assert set(plan.memory.seconds) == set(plan.memory.stages) == {"text", "denoiser", "decoder"}
+    assert f"of {size} GB at most" in str(plan) and ("to fit" in str(plan)) == (plan.residency != "resident")
+
+
+def test_what_a_policy_holds_is_what_the_headers_say(full: Any) -> None:
+    pipe = full("flux1-dev")
+    resident, stage, stream = ([full("flux1-dev").plan("a cat", seed=0).memory] + [pipe.plan("a cat", seed=0, memory=size).memory for size in ("24GB", "8GB")])
+    assert resident.stages["denoiser"].weights == pytest.approx(sum(part for part in (2 * 11_901_408_320, 9_524_621_312, 246_144_000, 167_640_000)), rel=0.01)
+    modulation = 2 * (19 * 2 * (6 * 3072 * 3072 + 6 * 3072) + 38 * (3 * 3072 * 3072 + 3 * 3072) + 2 * 3072 * 3072 + 2 * 3072)
+    assert stage.stages["denoiser"].weights == 2 * 11_901_408_320 - modulation
+    assert stream.stages["denoiser"].weights < 0.06 * resident.stages["denoiser"].weights
+    assert resident.flops == pytest.approx(50 * 74.4e12, rel=0.03)  # the physical size of FLUX.1 at 1024x1024, and its VAE
+
+
+def test_what_cannot_fit_says_what_it_needs(full: Any) -> None:
+    with pytest.raises(RequestError, match=r"memory is 0.3 GB but this needs at least [\d.]+ GB, for \w+ at 512x512 with residency 'stream': .*smaller"):
+        full("sd15").plan("a cat", seed=0, memory="300MB")
+
+
+def test_memory_is_asked_for_late(full: Any) -> None:
+    plan = full("sd15").plan("a cat", seed=0)
+    assert plan.forecast is None and "GB" not in str(plan) and plan.memory.budget is None and not plan.memory.seconds
+    assert "TFLOP" in plan.memory.time
+
+
+@pytest.mark.parametrize("said, expected", [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("800mb", 8e8), (12345, 12345), ("4096", 4096)])
+def test_sizes(said: Any, expected: float) -> None:
+    assert memory_bytes(said, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("said", ["", "much", "8 apples", 0, -1, True, 2.5, "0GB"])
+def test_what_is_no_size(said: Any, small: Any) -> None:
+    with pytest.raises(RequestError, match="memory is .* expected a size as '8GB'"):
+        small.plan("a cat", memory=said)
+
+
+def test_auto_is_what_is_free(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10**8 < memory_bytes("auto", torch.device("cpu")) < 10**15
+    monkeypatch.setattr(budget_module, "_available", lambda: 5 * GB)
+    monkeypatch.setattr(budget_module, "_number", {"/sys/fs/cgroup/memory.max": 4 * GB, "/sys/fs/cgroup/memory.current": GB}.get)
+    assert memory_bytes("auto", torch.device("cpu")) == 3 * GB
+    assert small.plan("a cat", width=64, height=64, memory="auto").residency == "resident"
+
+
+def test_it_goes_down_one_ladder(small: Any, tmp_path: Path) -> None:
+    """With less and less: guidance split, then tiles, then policies; and what the plan says is what runs, and what is replayed."""
+    said = {"seed": 0, "steps": 2, "width": 512, "height": 512, "guidance_scale": 4.0}
+    whole = small.plan("a cat", **said).memory
+    seen, last = [], whole.peak * 1.04
+    while True:
+        try:
+            plan = small.plan("a cat", memory=int(last), **said)
+        except RequestError:
+            break
+        seen.append((POLICIES.index(plan.residency), plan.tile or 512, plan.request.split_guidance))
+        last = plan.memory.peak * 1.02
+    assert seen[0] == (0, 512, False) and len(seen) >= 4
+    assert [each[0] for each in seen] == sorted(each[0] for each in seen) and seen[-1][0] >= 1 and any(tile < 512 for _, tile, _ in seen)
+    made = small.stream(plan).result
+    assert torch.equal(made.latents, small.txt2img("a cat", **said, split_guidance=plan.request.split_guidance, vae_tile=plan.request.vae_tile).latents)
+    assert small.replay(made.save(tmp_path / "made.png")[0]).identical
+
+
+def test_a_pipeline_loaded_for_a_memory(tmp_path: Path) -> None:
+    pipe = latentgen.load(tiny("sd15").save(tmp_path / "tiny"), device="cpu", dtype="float32", progress=False, memory="1GB")
+    result = pipe.txt2img("a cat", steps=1, width=64, height=64, seed=0)
+    assert result.plan.forecast is not None and result.plan.forecast.budget == GB
+    with pytest.raises(RequestError, match="memory is 'x'"):
+        latentgen.load(tmp_path / "tiny", device="cpu", memory="x")
+
+
+def test_speeds_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTGEN_CONFIG", str(tmp_path))
+    first = speeds(torch.device("cpu"), torch.float32)
+    assert min(first.values()) > 1e6 and speeds(torch.device("cpu"), torch.float32) == first
+    (tmp_path / "speed.json").write_text("{broken")
+    assert set(speeds(torch.device("cpu"), torch.float32)) == set(first)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    folder = tiny("sd15").save(tmp_path / "tiny")
+    said = ["plan", "a cat", "--model", str(folder), "--device", "cpu", "--dtype", "float32", "--width", "64", "--height", "64", "--seed", "1"]
+    done = CliRunner().invoke(app, [*said, "--memory", "1GB"])
+    assert done.exit_code == 0 and "of 1 GB at most" in done.output and "about" in done.output
+    assert '"budget": 1000000000' in CliRunner().invoke(app, [*said, "--memory", "1GB", "--json"]).output
+    assert "needs at least" in CliRunner().invoke(app, [*said, "--memory", "1MB"]).output
