@@ -172,8 +172,9 @@ def beside(x: Tensor, conditioning: Conditioning) -> Tensor:
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
     """(B, c, h, w) latents -> what the U-Net was trained to predict, float32."""
     unet = modules["unet"]
-    x = beside(x, conditioning).to(unet.dtype).contiguous(memory_format=torch.channels_last)
-    return unet(x, level.time, conditioning.tokens.to(unet.dtype), return_dict=False)[0].float()
+    dtype = next(unet.parameters()).dtype  # unet.dtype walks through every module
+    x = beside(x, conditioning).to(dtype).contiguous(memory_format=torch.channels_last)
+    return unet(x, level.time, conditioning.tokens.to(dtype), return_dict=False)[0].float()
 
 
 def masked_picture(scene: Scene, side: Side) -> dict[str, Tensor]:

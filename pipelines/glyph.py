@@ -32,8 +32,9 @@ def encode(modules: Modules, words: Words) -> Conditioning:
 def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditioning) -> Tensor:
     """(B, 4, h, w) latents -> v, float32."""
     unet = modules["unet"]
-    x = x.to(unet.dtype).contiguous(memory_format=torch.channels_last)
-    return unet(x, level.time, conditioning.tokens.to(unet.dtype), return_dict=False)[0].float()
+    dtype = next(unet.parameters()).dtype  # unet.dtype walks through every module
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    return unet(x, level.time, conditioning.tokens.to(dtype), return_dict=False)[0].float()
 
 
 def build(model: Model) -> Family:

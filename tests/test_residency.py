@@ -48,7 +48,7 @@ EACH = [pytest.param(kind, dtype, marks=[pytest.mark.slow] * (dtype == "bfloat16
 def test_every_policy_makes_the_same_bits(kind: str, dtype: str, place: Path) -> None:
     latents = {}
     for policy in POLICIES:
-        pipe = latentgen.load(folder(kind, place), device="cpu", dtype=dtype, residency=policy, progress=False)
+        pipe = latentgen.load(folder(kind, place), device="cpu", dtype=dtype, residency=policy, speed="plain", progress=False)
         latents[policy] = made(pipe)
         held = pipe.residency.resident_bytes()
         assert held == 0 if policy != "resident" else held > 0

@@ -164,6 +164,8 @@ MACHINE: Group = (
             "follow, and the plan tells memory and time.", metavar="SIZE"),
     _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs, stream and disk only one block of it.",
             default="resident", metavar="NAME"),
+    _option(_M, "speed", str, "--speed", "exact (faster networks, the same picture up to rounding) or plain.", default="exact", metavar="NAME"),
+    _option(_M, "compile", bool, "--compile", "Compile the networks: the first picture takes a minute or more, later ones of the same process less.", default=False),
 )
 
 
@@ -182,7 +184,7 @@ def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
         if not (name.isidentifier() and path):
             raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
         parts[name] = path
-    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "card", "config", "allow_pickle", "quantise", "tuned", "memory")}
+    machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "speed", "compile", "card", "config", "allow_pickle", "quantise", "tuned", "memory")}
     return load(said.pop("model"), progress=progress, **machine, **parts)
 
 

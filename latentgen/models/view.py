@@ -35,6 +35,8 @@ def _viewed(name: str, old: nn.Module, replace: Callable[[str, nn.Module], nn.Mo
     own = copy.copy(old)
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(own, table, dict(getattr(old, table)))
+    if getattr(own, "_compiled_call_impl", None) is not None:
+        own._compiled_call_impl = None  # it would call the original
     new = replace(name, own)
     if new is None:
         new = own

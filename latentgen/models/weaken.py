@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from latentgen.errors import ModelError, RequestError
+from latentgen.models.fast.swap import undo
 from latentgen.models.streamed import Streamed, streamed_class
 from latentgen.models.view import view
 
@@ -99,6 +100,7 @@ def _found(network: nn.Module, guider: str) -> list[str]:
 
 
 def _looks_at_itself(own: nn.Module) -> nn.Module:
+    undo(own)
     own.__class__ = _changed(type(own), Itself)
     return own
 

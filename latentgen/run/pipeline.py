@@ -31,7 +31,7 @@ from latentgen.run.memo import Memo
 from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
-from latentgen.run.residency import POLICIES, STREAMING, Residency, choose_device, choose_dtype
+from latentgen.run.residency import COMPILED, POLICIES, SPEEDS, STREAMING, Residency, choose_device, choose_dtype
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
 from latentgen.run.speed import speeds
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 OnStep = Callable[[Step], None]
 
 
-def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", progress: bool | None = None,
-         card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False, quantise: str | None = None, tuned: bool = False,
-         memory: str | int | None = None, **parts: str | Path) -> Pipeline:
+def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", speed: str = "exact",
+         compile: bool = False, progress: bool | None = None, card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False,
+         quantise: str | None = None, tuned: bool = False, memory: str | int | None = None, **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -60,6 +60,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         dtype: "auto", "float32", "bfloat16", "float16" of the networks; latents are always float32.
         residency: "resident" keeps every part loaded, "stage" only the part that runs, "stream" and "disk" only the block that runs, from main
             memory or from the file (docs/memory.md).
+        speed: "exact" (networks made faster on this machine, the same picture up to rounding; see docs/speed.md) or "plain" (as diffusers has them).
+        compile: compile the blocks of the networks with torch.compile instead: a minute or more for the first picture, faster after it.
         progress: a bar on stderr; None shows one in a terminal or notebook only.
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
@@ -71,8 +73,10 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
-        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype or residency, or tuned without a finding.
+        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype, residency or speed, or tuned without a finding.
     """
+    if speed not in SPEEDS:
+        raise RequestError(f"speed is {speed!r}: expected one of {', '.join(map(repr, SPEEDS))}")
     if residency not in POLICIES:
         raise RequestError(f"residency is {residency!r}: expected one of {', '.join(map(repr, POLICIES))}")
     if quantise not in (None, *WAYS):
@@ -83,25 +87,26 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
-    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, quantise=quantise, progress=progress, memory=memory)
+    made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, speed=COMPILED if compile else speed,
+                    quantise=quantise, progress=progress, memory=memory)
     return made.tuned() if tuned else made
 
 
 class Pipeline:
     """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, `edit`, or `plan` and `stream` with a `Request`."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", quantise: str | None = None,
-                 progress: bool | None = None, memory: str | int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", speed: str = "exact",
+                 quantise: str | None = None, progress: bool | None = None, memory: str | int | None = None) -> None:
         self.checkpoint = checkpoint
         self.card = checkpoint.card
         self.family = checkpoint.family
-        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, quantise=quantise)
+        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, speed=speed, quantise=quantise)
         self.progress, self.memory = progress, memory
         if memory is not None:
             memory_bytes(memory, device)
         self._memo = Memo()
         weights = {stage: checkpoint.weight_bytes(stage, dtype=dtype) for stage in ("text", "denoiser", "decoder")}
-        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, weights, checkpoint.notes, self._layers,
+        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes, self._layers,
                                 quantise=quantise)
 
     def _layers(self, guider: str, said: Any) -> list[str]:

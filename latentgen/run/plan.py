@@ -87,6 +87,7 @@ class Plan:
     dtype: str
     device: str
     residency: str
+    speed: str
     weights: Mapping[str, int]
     notes: tuple[str, ...]
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -144,7 +145,8 @@ class Plan:
             **{"then": str(one) for one in self.passes[1:]},
             "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
-            "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, {self.evaluations} network evaluations a picture",
+            "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, speed {self.speed}, "
+                       f"{self.evaluations} network evaluations a picture",
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
         if self.forecast is not None:
@@ -177,6 +179,7 @@ class Machine:
     device: str
     dtype: str
     residency: str
+    speed: str
     weights: Mapping[str, int]
     notes: tuple[str, ...] = ()
     layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
@@ -251,5 +254,5 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
-        rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, weights=machine.weights,
+        rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, speed=machine.speed, weights=machine.weights,
         notes=tuple(notes), approximate=approximate, split=machine.split, quantise=machine.quantise, references=references)

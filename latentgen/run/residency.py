@@ -20,6 +20,7 @@ import torch
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Part, Stage
+from latentgen.models.fast.swap import held_bytes, prepare
 from latentgen.models.load import load_part
 from latentgen.models.modulation import modulation_names
 from latentgen.models.streamed import Lane, on_lane
@@ -32,13 +33,16 @@ STREAMING = ("stream", "disk")
 QUANTISED: frozenset[Stage] = frozenset(("text", "denoiser"))  # stages whose parts are held in 8 bits where that is asked for
 STREAMED: tuple[Stage, ...] = ("text", "denoiser")  # stages whose parts are worth streaming
 Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks are streamed
+SPEEDS = ("exact", "plain")
+COMPILED = "compiled"  # what a pipeline's speed is instead where the networks are compiled
 
 
 class Residency:
     """The parts of one checkpoint on one device."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident", quantise: str | None = None) -> None:
-        self.checkpoint, self.device, self.dtype, self.policy, self.quantise = checkpoint, device, dtype, policy, quantise
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident", speed: str = "plain",
+                 quantise: str | None = None) -> None:
+        self.checkpoint, self.device, self.dtype, self.policy, self.speed, self.quantise = checkpoint, device, dtype, policy, speed, quantise
         self._here: dict[Key, nn.Module] = {}
         self._users: dict[Key, int] = {}
         self._lock = Lock()
@@ -88,6 +92,8 @@ class Residency:
                 self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, lane=Lane(self.device) if streamed else None,
                                             pinned=policy == "stream" and self.device.type == "cuda",
                                             quantise=self.quantise if not streamed and QUANTISED & {*part.stages} else None)
+                if not streamed:  # streamed weights come and go as they lie in their file
+                    self._here[key] = prepare(self._here[key], speed=self.speed, device=self.device)
             if not self._users.get(key):
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1
@@ -136,7 +142,7 @@ class Residency:
     def resident_bytes(self) -> int:
         """Bytes of the weights held right now, on any device."""
         with self._lock:
-            return sum(p.numel() * p.element_size() for m in self._here.values() for p in (*m.parameters(), *m.buffers()) if not p.is_meta)
+            return sum(map(held_bytes, self._here.values()))
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
-from latentgen.run.recipe import make_recipe
+from latentgen.run.recipe import make_recipe, speed_of
 from latentgen.run.state import Keeper, State, begun, checked_every, checked_path, read_state
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ def named_model(state: State) -> str:
                        "load it from where it is and call pipe.resume(state), or name it with --model")
 
 
-def as_it_was(state: State) -> dict[str, str]:
-    """Device and dtype of the run, as `load` takes them."""
+def as_it_was(state: State) -> dict[str, Any]:
+    """Device, dtype and speed of the run, as `load` takes them."""
     dtype = state.recipe.get("dtype")
     known = dtype in ("float32", "bfloat16", "float16")
-    return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if known else "auto"}
+    return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if known else "auto", **speed_of(state.recipe)}
 
 
 def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Keeper:

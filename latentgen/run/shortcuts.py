@@ -17,6 +17,7 @@ from latentgen.models.approximate.memory import Tally
 from latentgen.models.approximate.table import approximated
 from latentgen.models.asked import Asked
 from latentgen.models.family import Family, Modules
+from latentgen.models.heard import heard
 from latentgen.models.modulation import Key, modulated
 from latentgen.models.shared import shared
 from latentgen.run.batch import repeated
@@ -26,8 +27,9 @@ from latentgen.run.words import Script
 
 
 def exact(family: Family, modules: Modules, asked: Asked, *, plan: Plan, one: Pass, script: Script, device: torch.device) -> Modules:
-    """The networks of one pass, exact up to rounding, with what is known before its first step looked up, and what both sides of guidance share computed once."""
-    return {name: shared(modulated(net, asked, _calls(family, modules, name, plan, one, script, device)), asked) for name, net in modules.items()}
+    """The networks of one pass, exact up to rounding: what is known before its first step looked up, what both sides of guidance share and what is made
+    of the words computed once."""
+    return {name: heard(shared(modulated(net, asked, _calls(family, modules, name, plan, one, script, device)), asked), asked) for name, net in modules.items()}
 
 
 def approximate(modules: Modules, asked: Asked, *, plan: Plan, shape: tuple[int, int], tallies: dict[str, Tally]) -> Modules:

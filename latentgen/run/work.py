@@ -203,6 +203,8 @@ class Work:
         @cache
         def quick(script: Script, guider: str = "") -> tuple[Modules, Asked]:
             asked, nets = Asked(), weakened(modules, guider=guider, layers=layers[guider]) if guider else modules
+            if plan.speed != "exact":
+                return nets, asked
             return exact(self.family, nets, asked, plan=plan, one=one, script=script, device=self.residency.device), asked
 
         def window(script: Script) -> Denoiser:

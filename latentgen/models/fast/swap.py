@@ -1,0 +1,65 @@
+"""A loaded network made fast in place. Knows modules; moves none between devices and knows no request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def prepare(module: nn.Module, *, speed: str, device: torch.device) -> nn.Module:
+    """The network itself, made as fast as `speed` says on the device where it will run: "exact", "compiled", or "plain" for as it is.
+
+    Exact: on a CPU which multiplies bf16, the leaves and small blocks of diffusers' networks in bf16 are swapped; nothing changes but rounding. Every
+    other network stays as it was loaded, in float32 bit for bit.
+    """
+    weight = next(module.parameters(), None)
+    if speed == "plain" or weight is None or not type(module).__module__.startswith("diffusers."):
+        return module
+    if speed == "compiled":
+        from latentgen.models.fast.compiling import compiled
+
+        return compiled(module)
+    from latentgen.models.fast import onednn
+
+    if device.type != "cpu" or weight.dtype != torch.bfloat16 or not onednn.available():
+        return module
+    return swap(module)
+
+
+def swap(module: nn.Module) -> nn.Module:
+    """Swap every module that is of a kind known here, in place; each plain weight goes as soon as its packed one is there."""
+    from torch import nn
+
+    from latentgen.models.fast.blocks import BLOCKS, attending
+    from latentgen.models.fast.layers import pack, packs
+
+    fast = BLOCKS.get(type(module))
+    if fast is not None and fast.fits(module):
+        module.__class__ = fast
+        module.prepared()
+    elif hasattr(module, "processor") and hasattr(module, "set_processor"):
+        module.set_processor(attending(module.processor))
+    if packs(module):
+        pack(module)
+    for child in module.children():
+        swap(child)
+    return module
+
+
+def undo(attention: nn.Module) -> None:
+    """Let a view's own copy of an attention call torch's `scaled_dot_product_attention` again, for who listens to that call."""
+    from latentgen.models.fast.blocks import BLOCKS
+
+    attention.__class__ = next((plain for plain, fast in BLOCKS.items() if type(attention) is fast), type(attention))
+    if (plain := getattr(getattr(attention, "processor", None), "plain", None)) is not None:
+        attention.processor = plain
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of all weights that a module holds, packed ones too."""
+    kernels = (vars(m).get("kernel") for m in module.modules())
+    return sum(p.numel() * p.element_size() for p in (*module.parameters(), *module.buffers()) if not p.is_meta) + sum(kernel.bytes for kernel in kernels if kernel is not None)
