@@ -17,8 +17,9 @@ from latentgen.errors import ModelError
 from latentgen.models.card import Card, families, family_file, find_card, published, read_card
 from latentgen.models.convert import find_prefix
 from latentgen.models.family import Config, Family, FamilyFile, Model, Part
-from latentgen.models.header import regular_file
 from latentgen.models.files import check_config, digest, part_config, weights_files
+from latentgen.models.header import regular_file
+from latentgen.models.instead import stands_in, with_those
 from latentgen.models.load import Source, check_fit
 from latentgen.models.pickles import refuse_pickle
 
@@ -318,7 +319,7 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pic
             places[name] = _there(path, name)
         else:
             sources[part.name] = _part_source(_there(path, name), part, configs.get(part.name), allow_pickle)
-            configs[part.name] = sources[part.name].config
+            configs |= {} if stands_in(part, sources[part.name].config) else {part.name: sources[part.name].config}
     for part in file.PARTS:
         if part.name not in sources:
             configs.pop(part.name, None)
@@ -327,7 +328,7 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pic
     index, published_index = configs.get("model_index", {}), _published_configs(found.variant)["model_index"] if found.variant else {}
     other = bool(index) and any(index.get(k) != v for k, v in published_index.items())  # same tensors, but its own index says that it is run otherwise
     said_defaults = {} if other else {k: v for k, v in configs.get("defaults", {}).items() if k not in decided}
-    family = card.laid_over(replace(built, defaults=replace(built.defaults, **said_defaults)))
+    family, notes = with_those(card.laid_over(replace(built, defaults=replace(built.defaults, **said_defaults))), sources)
     missing = [p.name for p in family.parts if p.name not in sources]
     if missing:
         raise ModelError(f"{found.label} has no {' and no '.join(missing)}: name {'them' if missing[1:] else 'it'}, as in load(..., {missing[0]}=PATH)")
@@ -342,7 +343,7 @@ def _assembled(found: _Found, card: Card, said: dict[str, str | Path], allow_pic
         words = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, Mapping) else None)
         if isinstance(words, int) and tokens.size > words:
             raise ModelError(f"the {name} of {found.label} has {tokens.size:,} tokens but {encoder} knows {words:,}: give the tokenizer that belongs to it")
-    return Checkpoint(card, family, found.variant, sources, tokenizers, found.notes)
+    return Checkpoint(card, family, found.variant, sources, tokenizers, found.notes + notes)
 
 
 def _pad(configs: Mapping[str, Config], tokenizer: str) -> str | None:
