@@ -28,13 +28,14 @@ BASE: dict[str, Any] = {"seed": 3, "steps": 3, "width": 64, "height": 96, "guida
 AXES = {"x": (3,), "y": (2,), "both": (2, 3)}
 
 
-def x0_of(pipe, x, at=0, **said):
-    """What the run's denoiser answers, about a given x."""
-    run = pipe.stream("a cat", **BASE | said)
+def x0_of(pipe, x, *before, at=0, prompt="a cat", **said):
+    """What the run's denoiser answers, about a given x; `before`: levels about which it is asked first."""
+    run = pipe.stream(prompt, **BASE | said)
     work, one = run._work, run.plan.passes[0]
     scripts = work.scripts(one)
     with pipe.residency.use("denoiser") as modules:
-        return work.denoiser(one, modules, scripts, None, x)(x, one.levels[at])
+        denoise = work.denoiser(one, modules, scripts, None, x)
+        return [denoise(x, one.levels[n]) for n in (*before, at)][-1]
 
 
 @pytest.mark.parametrize("seamless", AXES)
@@ -103,6 +104,22 @@ def test_a_network_of_patches_is_turned_at_each_level(loaded):  # noqa: F811
     torch.testing.assert_close(x0_of(pipe, x, at=1, seamless="both"), rolled, rtol=0, atol=1e-5)
     torch.testing.assert_close(x0_of(pipe, x, seamless="both"), x0_of(pipe, x), rtol=0, atol=1e-6)  # the first is as it is
     assert (x0_of(pipe, x, at=1) - rolled).abs().max() > 1e-4 and one.levels[1] == level
+
+
+def test_guidance_that_remembers_knows_the_picture_in_its_place(loaded):  # noqa: F811
+    """Adaptive projected guidance adds up directions of several levels: each as it lies in the picture, not as the network saw it turned."""
+    pipe, x = loaded("sd3"), SeededNoise([1], (16, 12, 8)).draw()
+    pos, neg = ([x0_of(pipe, x, at=n, prompt=prompt, seamless="both") for n in (0, 1)] for prompt in ("a cat", "a dog"))
+    said = {"negative_prompt": "a dog", "guidance_scale": 3.0, "guiders": {"apg": {"momentum": 0.5, "norm_threshold": 0.0, "eta": 1.0}}}
+    made = x0_of(pipe, x, 0, at=1, seamless="both", **said)
+    torch.testing.assert_close(made, pos[1] + 2 * (pos[1] - neg[1] + 0.5 * (pos[0] - neg[0])), rtol=0, atol=1e-4)
+
+
+def test_what_is_led_is_shown_in_its_place(loaded):  # noqa: F811
+    """A classifier that knows places sees x as it is."""
+    pipe, x, seen = loaded("sd3"), SeededNoise([1], (16, 12, 8)).draw(), []
+    x0_of(pipe, x, at=1, seamless="both", classifier=lambda x, level: (seen.append(x.detach()), x.sum((1, 2, 3)))[1])
+    assert torch.equal(seen[0], x)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "flux1", "zimage", "pixart", "sd15-inpaint", "sd15-instruct"])

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,23 +139,25 @@ class Grid:
         return denoise
 
 
-def turned(denoise: Denoiser, *, axes: Sequence[int], levels: Sequence[Level], unit: int = 1) -> Denoiser:
-    """A denoiser that sees the latent rolled around its edges, by another share of each side at each level, and answers it rolled back.
+def turned(estimate: Callable[..., Tensor], *, axes: Sequence[int], levels: Sequence[Level], unit: int = 1) -> Callable[..., Tensor]:
+    """(x, level, ...) -> x0 that sees the latent rolled around its edges, by another share of each side at each level, and answers it rolled back.
 
     No edge stays an edge, so what the network makes of edges is spread and the picture's own sides come to fit: for networks that cannot be given
-    a world without edges. A level between two planned ones turns as the noisier of them.
+    a world without edges. A level between two planned ones turns as the noisier of them. It belongs around the network itself: what is wrapped
+    around it, such as guidance that remembers earlier steps, knows the picture in its place.
 
     Args:
+        estimate: one evaluation; what it is given beside x and level is handed on.
         axes: those, of ROWS and COLUMNS, whose ends are to meet.
         levels: as planned, falling noise.
         unit: rolls are multiples of it, such as the patch of a transformer.
     """
     marks = [level.half_log_snr for level in levels]
 
-    def denoise_turned(x: Tensor, level: Level) -> Tensor:
+    def estimate_turned(x: Tensor, level: Level, *said: Any) -> Tensor:
         n = max(0, bisect_right(marks, level.half_log_snr) - 1)
         by = [round((n * TURNS[axis]) % 1 * (x.shape[axis] // unit)) * unit for axis in axes]
-        x0 = denoise(torch.roll(x, by, tuple(axes)), level)
+        x0 = estimate(torch.roll(x, by, tuple(axes)), level, *said)
         return torch.roll(x0, [-count for count in by], tuple(axes))
 
-    return denoise_turned
+    return estimate_turned

@@ -207,17 +207,21 @@ class Work:
                 return nets, asked
             return exact(self.family, nets, asked, plan=plan, one=one, script=script, device=self.residency.device), asked
 
+        def placed(estimate: Estimate) -> Estimate:
+            """One evaluation, turned where edges are to meet and the network cannot be told so."""
+            if not axes or any(net is not None for net in views.values()):
+                return estimate
+            return turned(estimate, axes=axes, levels=one.levels, unit=self.family.latent.multiple // self.family.latent.factor)
+
         def window(script: Script) -> Denoiser:
             """One window's, with what remembers the steps before for itself."""
             nets, asked = quick(script)
             nets = approximate(nets, asked, plan=plan, shape=one.seen, tallies=self.savings)
-            weaker = {name: self.network(*quick(script, name)) for name in layers}
-            return worded(self.family, self.network(nets, asked), plan, script, progress=progress, weaker=weaker)
+            weaker = {name: placed(self.network(*quick(script, name))) for name in layers}
+            return worded(self.family, placed(self.network(nets, asked)), plan, script, progress=progress, weaker=weaker)
 
         denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)
         denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=progress, residency=self.residency), plan.guiders)
-        if axes and all(net is None for net in views.values()):
-            denoise = turned(denoise, axes=axes, levels=one.levels, unit=self.family.latent.multiple // self.family.latent.factor)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise
