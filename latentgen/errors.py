@@ -30,5 +30,9 @@ class NotFiniteError(LatentgenError, ArithmeticError):
     """A network gave NaN or infinity, and computing it again in float32 did not cure it."""
 
 
+class ParallelError(LatentgenError):
+    """The processes that make a picture together have lost each other."""
+
+
 class TrainingError(LatentgenError):
     """A training command cannot start or go on."""

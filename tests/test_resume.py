@@ -26,7 +26,6 @@ from latentgen.cli import app
 from latentgen.cli.meter import Meter
 from latentgen.diffusion import SAMPLERS
 from latentgen.errors import OutputError, RequestError
-from latentgen.run.split import Split
 from latentgen.run.state import KEY, read_state
 
 each = pytest.mark.parametrize
@@ -396,8 +395,6 @@ def test_what_a_network_remembers_is_not_kept(tmp_path: Path) -> None:
     own = latentgen.load(tiny("sd15").save(tmp_path / "model"), dtype="float32", device="cpu", progress=False)
     with pytest.raises(RequestError, match=r"with approximate \(deep_cache\)"):
         own.txt2img("a cat", approximate="deep_cache", save_state=tmp_path / "a.state")
-    with pytest.raises(RequestError, match="this pipeline is split"):
-        own.stream(replace(own.plan("a cat"), split=Split(0, 2)), save_state=tmp_path / "a.state")
 
 
 def test_a_disk_that_is_full_does_not_end_the_run(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentgen.cli.together import joined
 from latentgen.errors import RequestError
 
 if TYPE_CHECKING:
@@ -169,23 +170,28 @@ MACHINE: Group = (
 )
 
 
+PARALLEL: Group = (
+    _option(_M, "parallel", str | None, "--parallel", "How the processes that torchrun started make one picture: cfg, the evaluations of each step are dealt out. "
+            "Default under torchrun: cfg.", metavar="NAME"),
+)
+
 
 def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
     """The model that the options name; they are taken out of `said`. progress: of a download; None shows it in a terminal.
 
     Raises:
-        RequestError: a --part without a name. ModelError: see `latentgen.load`.
+        RequestError: a --part without a name, or a command of one process that torchrun started. ModelError: see `latentgen.load`.
     """
     from latentgen.run.pipeline import load
 
-    parts = {}
+    way, parts = joined(said), {}
     for text in said.pop("part") or ():
         name, _, path = text.partition("=")
         if not (name.isidentifier() and path):
             raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
         parts[name] = path
     machine = {name: said.pop(name) for name in ("device", "dtype", "residency", "speed", "compile", "card", "config", "allow_pickle", "quantise", "tuned", "memory")}
-    return load(said.pop("model"), progress=progress, **machine, **parts)
+    return load(said.pop("model"), progress=progress, parallel=way, **machine, **parts)
 
 
 _O = "Output"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentgen.cli.meter import Meter
-from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, SAMPLING, SEED, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, PARALLEL, SAMPLING, SEED, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.together import speaks
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -42,27 +43,27 @@ Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE,
                                     metavar="FILE")]
 
 
-@takes(WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
+@takes(WORDS, SIZE, SAMPLING, TOLD, MACHINE, PARALLEL, OUTPUT, KEEP)
 def txt2img(prompt: Prompt, **said: Any) -> None:
     """Make a picture from words."""
     _make("txt2img", prompt=prompt, **said)
 
 
-@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, PARALLEL, OUTPUT, KEEP)
 def img2img(prompt: Prompt, image: Image, **said: Any) -> None:
     """Redraw a picture towards the words."""
     _check_order(prompt, image)
     _make("img2img", prompt=prompt, image=image, **said)
 
 
-@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
+@takes(STRENGTH, WORDS, SIZE, SAMPLING, TOLD, MACHINE, PARALLEL, OUTPUT, KEEP)
 def inpaint(prompt: Prompt, image: Image, mask: Mask, **said: Any) -> None:
     """Repaint the white part of a mask; every other pixel stays as it is."""
     _check_order(prompt, image)
     _make("inpaint", prompt=prompt, image=image, mask=mask, **said)
 
 
-@takes(SIDES, WORDS, SAMPLING, TOLD, MACHINE, OUTPUT, KEEP)
+@takes(SIDES, WORDS, SAMPLING, TOLD, MACHINE, PARALLEL, OUTPUT, KEEP)
 def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     """Continue a picture beyond its edges; the old pixels stay as they are."""
     _check_order(prompt, image)
@@ -71,7 +72,7 @@ def outpaint(prompt: Prompt, image: Image, **said: Any) -> None:
     _make("outpaint", prompt=prompt, image=image, **said)
 
 
-@takes(WORDS, SIZE, SAMPLING, MACHINE, OUTPUT, KEEP)
+@takes(WORDS, SIZE, SAMPLING, MACHINE, PARALLEL, OUTPUT, KEEP)
 def edit(prompt: Prompt, reference: References, **said: Any) -> None:
     """Change a picture as the words instruct, with a model made for that (InstructPix2Pix, FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit)."""
     _check_order(prompt, reference[0])
@@ -122,7 +123,7 @@ def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality
     if show and as_json:
         raise RequestError("--show draws on stdout, where --json writes: use one of the two")
     try:
-        with Meter(shown=not quiet) as meter:
+        with Meter(shown=not quiet and speaks()) as meter:
             meter.phase(f"loading {loading}")
             with closing(begin()) as run:
                 for step in run:
@@ -130,6 +131,8 @@ def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality
                     if step.index + 1 == step.total:
                         meter.phase("decoding")
                 result = run.result
+            if not speaks():
+                return
             files = _save(result, output, quality)
     except KeyboardInterrupt:
         if state is not None and state.is_file():

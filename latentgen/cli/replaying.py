@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentgen.cli.options import KEEP, MACHINE, OUTPUT, opened, takes
+from latentgen.cli.options import KEEP, MACHINE, OUTPUT, PARALLEL, opened, takes
 from latentgen.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def replay(file: File, image: Source = None, mask: Mask = None, reference: Refer
         raise typer.Exit(1)
 
 
-@takes(AS_IT_WAS, OUTPUT, KEEP)
+@takes(AS_IT_WAS, PARALLEL, OUTPUT, KEEP)
 def variations(file: File, count: Count = 4, amount: Amount = 0.2, prompt: Words = None, image: Source = None, mask: Mask = None,
                reference: Reference = None, *, quality: int | None, save_state: Path | None, save_every: int | None, **said: Any) -> None:
     """Make pictures near to one: by the recipe in its file with other noise, or redrawn where it has none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
@@ -34,3 +34,11 @@ def approximations_of(request: Request, family: Family, refuse: Callable[[str], 
     if (both := clashes(fit)) is not None:
         raise RequestError(f"{both[0]} and {both[1]} both decide which blocks are left out: give one of them")
     return filled(fit)
+
+
+def decided_alone(approximate: Mapping[str, Mapping[str, Any]], refuse: Callable[[str], None]) -> dict[str, Mapping[str, Any]]:
+    """Approximations without those that decide by all sides of guidance, for processes that see some of them each."""
+    kept = {name: options for name, options in approximate.items() if not APPROXIMATIONS[name].adaptive}
+    for name in approximate.keys() - kept.keys():
+        refuse(f"{name} is given but decides by what all sides of guidance have in common, of which each process sees some: leave it or parallel out")
+    return kept

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +26,12 @@ from latentgen.run.words import Script
 
 if TYPE_CHECKING:
     Estimate = Callable[[Tensor, Level, Conditioning], Tensor]
+    Side = tuple[Estimate, Conditioning]
+
+    class Evaluate(Protocol):
+        """See `evaluated`."""
+
+        def __call__(self, x: Tensor, level: Level, sides: Sequence[Side], together: bool, first: int = 0) -> tuple[Tensor, ...]: ...
 
 
 def network(family: Family, modules: Modules, asked: Asked) -> Estimate:
@@ -42,50 +50,60 @@ def network(family: Family, modules: Modules, asked: Asked) -> Estimate:
     return estimate
 
 
-def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, progress: Progress,
+def evaluated(rows: int, *, apart: bool = False) -> Evaluate:
+    """(x, level, sides, together, first) -> x0 of each side, (B, c, h, w); a side is a network and what it hears.
+
+    Args:
+        rows: pictures per network call.  apart: one side a call, whatever is asked. `together` puts all sides of one network into one call; `first` is the number of x's first picture.
+    """
+
+    def evaluate(x: Tensor, level: Level, sides: Sequence[Side], together: bool, first: int = 0) -> tuple[Tensor, ...]:
+        made: list[Tensor] = []
+        for ask, some in groupby(sides, itemgetter(0)):
+            said, parts = [c for _, c in some], []
+            for n, part in enumerate(x.split(rows)):
+                each = [repeated(c, len(part), first=first + n * rows) for c in said]
+                if together and each[1:] and not apart:
+                    parts.append(ask(torch.cat([part] * len(each)), level, joined(each)).chunk(len(each)))
+                else:  # encoders without padding give the texts different lengths
+                    parts.append(tuple(ask(part, level, c) for c in each))
+            made += [torch.cat(x0s) if x0s[1:] else x0s[0] for x0s in zip(*parts, strict=True)]
+        return tuple(made)
+
+    return evaluate
+
+
+def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, progress: Progress, evaluate: Evaluate,
            weaker: Mapping[str, Estimate] | None = None) -> Denoiser:
-    """(x, level) -> x0 with the words, guided where the plan says so; `plan.rows` pictures per network call.
+    """(x, level) -> x0 with the words, guided where the plan says so.
 
     Args:
         progress: of the levels that this denoiser will see.
+        evaluate: see `evaluated`.
         weaker: guider -> the network that it leaves behind.
     """
 
-    def shown(ask: Estimate, x: Tensor, level: Level, said: Sequence[Conditioning], together: bool) -> tuple[Tensor, ...]:
-        """x0 with each conditioning, by this process or by several."""
-        if plan.split is None or len(said) == 1:
-            return computed(ask, x, level, said, together)
-        return plan.split.shared(lambda own: computed(ask, x, level, [said[n] for n in own], together), len(said), like=x)
-
-    def computed(ask: Estimate, x: Tensor, level: Level, said: Sequence[Conditioning], together: bool) -> tuple[Tensor, ...]:
-        """x0 with each conditioning."""
-        rows = []
-        for n, part in enumerate(x.split(plan.rows)):
-            each = [repeated(c, len(part), first=n * plan.rows) for c in said]
-            if together and each[1:] and not plan.request.split_guidance:
-                rows.append(ask(torch.cat([part] * len(each)), level, joined(each)).chunk(len(each)))
-            else:  # encoders without padding give the texts different lengths
-                rows.append(tuple(ask(part, level, c) for c in each))
-        return tuple(torch.cat(sides) if sides[1:] else sides[0] for sides in zip(*rows, strict=True))
-
-    def told(x: Tensor, level: Level) -> Estimates:
-        said, count = script.at(level), len(script.at(level).prompts)
-        x0s = shown(estimate, x, level, said.every, said.together)
-        others, empty = (x0s[count:-1], x0s[-1]) if plan.empty is not None else (x0s[count:], None)
+    def told(x: Tensor, level: Level, acting: Sequence[str] = ()) -> Estimates:
+        """What the networks say; acting: the guiders whose weaker network is asked, too."""
+        said = script.at(level)
+        count, heard = len(said.prompts), len(said.every)
+        sides = [(estimate, c) for c in said.every] + [(weak, c) for weak in ((weaker or {})[name] for name in acting) for c in said.prompts]
+        x0s = evaluate(x, level, sides, said.together)
+        others, empty = (x0s[count:heard - 1], x0s[heard - 1]) if plan.empty is not None else (x0s[count:heard], None)
         made = Estimates(x0s[0], others, empty)
-        return made if count == 1 else replace(made, positive=composed(x0s[:count], _base(made), said.weights))
+
+        def one(x0s: Sequence[Tensor]) -> Tensor:
+            return x0s[0] if count == 1 else composed(x0s, _base(made), said.weights)
+
+        weak = {name: one(x0s[heard + n * count:][:count]) for n, name in enumerate(acting)}
+        return replace(made, positive=one(x0s[:count]), weak=weak)
 
     def every(x: Tensor, level: Level) -> Estimates:
-        made, said = told(x, level), script.at(level)
-        for name, ask in (weaker or {}).items():
-            if progress.within(level, plan.guiders[name]["start"], plan.guiders[name]["end"]):
-                x0s = shown(ask, x, level, said.prompts, said.together)
-                made = replace(made, weak={**made.weak, name: x0s[0] if len(x0s) == 1 else composed(x0s, _base(made), said.weights)})
-        return made
+        return told(x, level, [name for name in weaker or () if progress.within(level, plan.guiders[name]["start"], plan.guiders[name]["end"])])
 
     def with_words(x: Tensor, level: Level) -> Tensor:
         said = script.at(level)
-        return told(x, level).positive if len(said.prompts) > 1 else shown(estimate, x, level, said.prompts, said.together)[0]
+        return told(x, level).positive if len(said.prompts) > 1 else evaluate(x, level, [(estimate, said.prompts[0])], said.together)[0]
 
     if plan.batching == "off" and not weaker:
         return with_words

@@ -28,6 +28,7 @@ from latentgen.run.budget import fitted, memory_bytes
 from latentgen.run.forecast import forecast
 from latentgen.run.meaning import explained, planned
 from latentgen.run.memo import Memo
+from latentgen.run.parallel import Group, join_group, own_device
 from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
@@ -50,7 +51,8 @@ OnStep = Callable[[Step], None]
 
 def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", speed: str = "exact",
          compile: bool = False, progress: bool | None = None, card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False,
-         quantise: str | None = None, tuned: bool = False, memory: str | int | None = None, **parts: str | Path) -> Pipeline:
+         quantise: str | None = None, tuned: bool = False, memory: str | int | None = None, parallel: str | None = None,
+         **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -70,10 +72,12 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
             same kind. For residency "resident" and "stage".
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         memory: "8GB", a number of bytes, or "auto" for what is free: every plan is made to fit it, see `Pipeline.plan`.
+        parallel: "cfg" where several processes, each of which loads the model so, make every picture together (docs/parallel.md).
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
-        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype, residency or speed, or tuned without a finding.
+        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype, residency or speed, tuned without
+            a finding, or parallel outside a group of processes. ParallelError: the other processes did not come.
     """
     if speed not in SPEEDS:
         raise RequestError(f"speed is {speed!r}: expected one of {', '.join(map(repr, SPEEDS))}")
@@ -83,12 +87,13 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         raise RequestError(f"quantise is {quantise!r}: expected {' or '.join(map(repr, WAYS))}, or None")
     if quantise is not None and residency in STREAMING:
         raise RequestError(f"quantise is given with residency={residency!r}, whose blocks come as their file has them: use 'resident' or 'stage', or leave quantise out")
-    place = choose_device(device)
+    place = choose_device(own_device(device) if parallel is not None else device)
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
+    group = None if parallel is None else join_group(parallel, place)
     made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, speed=COMPILED if compile else speed,
-                    quantise=quantise, progress=progress, memory=memory)
+                    quantise=quantise, progress=progress, memory=memory, group=group)
     return made.tuned() if tuned else made
 
 
@@ -96,7 +101,8 @@ class Pipeline:
     """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, `edit`, or `plan` and `stream` with a `Request`."""
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", speed: str = "exact",
-                 quantise: str | None = None, progress: bool | None = None, memory: str | int | None = None) -> None:
+                 quantise: str | None = None, progress: bool | None = None, memory: str | int | None = None,
+                 group: Group | None = None) -> None:
         self.checkpoint = checkpoint
         self.card = checkpoint.card
         self.family = checkpoint.family
@@ -104,10 +110,10 @@ class Pipeline:
         self.progress, self.memory = progress, memory
         if memory is not None:
             memory_bytes(memory, device)
-        self._memo = Memo()
+        self._memo, self._group = Memo(), group
         weights = {stage: checkpoint.weight_bytes(stage, dtype=dtype) for stage in ("text", "denoiser", "decoder")}
         self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes, self._layers,
-                                quantise=quantise)
+                                quantise=quantise, parallel=None if group is None else group.parallel)
 
     def _layers(self, guider: str, said: Any) -> list[str]:
         """See `latentgen.models.weaken.chosen`."""
@@ -136,23 +142,6 @@ class Pipeline:
         machine = self._machine
         other = copy(self)  # weights and memory are shared
         other._machine = replace(machine, tuned=read_tuned(tuned_key(self.checkpoint.digest, machine.device, machine.dtype), machine.model))
-        return other
-
-    def split(self, way: str = "cfg") -> Pipeline:
-        """This pipeline as one of several processes that make each picture together: every one evaluates some sides of guidance.
-
-        All processes are given the same requests, with their seeds, and all end with the same pictures.
-
-        Args:
-            way: "cfg".
-
-        Raises:
-            RequestError: this process is in no torch.distributed group.
-        """
-        from latentgen.run.split import join_group
-
-        other = copy(self)  # weights and memory are shared
-        other._machine = replace(self._machine, split=join_group(way))
         return other
 
     def txt2img(self, prompt: str, *, on_step: OnStep | None = None, **options: Any) -> Result:
@@ -247,6 +236,7 @@ class Pipeline:
         return fitted(said, self._unlimited, foresee, memory_bytes(memory, self.residency.device))
 
     def _unlimited(self, request: Request) -> Plan:
+        request = request if self._group is None else self._group.seeded(request)
         made = planned(request, self.family, self.checkpoint.tokenizers, self._machine)
         return replace(made, foresee=partial(forecast, self.checkpoint, self.family))
 
@@ -270,6 +260,8 @@ class Pipeline:
         """
         if save_every is not None and save_state is None and not isinstance(request, State):
             raise RequestError("save_every is given without save_state: name the file that keeps the run, or leave it out")
+        if self._group is not None and (save_state is not None or isinstance(request, State)):
+            raise RequestError("save_state or resume is asked of several processes, each of which knows a part of the run only: use one, or leave it out")
         if isinstance(request, State):
             led = request.given(options.pop("classifier", None))
             _alone("an interrupted run", options)
@@ -289,8 +281,8 @@ class Pipeline:
 
     def _started(self, plan: Plan, keeper: Keeper | None = None) -> Run:
         if keeper is None:
-            work = Work(self.family, self.checkpoint, self.residency, self._memo, plan)
-            return Run(self, work, work.guarded())
+            work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, group=self._group)
+            return Run(self, work, work.run())
         work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, keeper.record.heard)
         keeper.record.note = work.notes.append
         return Run(self, work, keeper.steps(work.guarded()), done=keeper.done)

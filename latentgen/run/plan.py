@@ -18,13 +18,13 @@ from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.errors import RequestError
 from latentgen.models.approximate.table import APPROXIMATIONS, filled, said
 from latentgen.models.family import Family
-from latentgen.run.approximating import approximations_of
+from latentgen.run.approximating import approximations_of, decided_alone
 from latentgen.run.guiding import guidance_of, idle
 from latentgen.run.levels import levels_of
+from latentgen.run.parallel import Parallel
 from latentgen.run.passes import Pass, grid_of, second_pass, wrap_of
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import open_references, sized
-from latentgen.run.split import Split
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
 from latentgen.run.tuned import Tuned
 
@@ -56,7 +56,7 @@ class Plan:
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
         quantise: "int8" where weights are held so.
-        split: which process of several this is, where the sides of guidance are shared among them.
+        parallel: how several processes make it together, where they do.
         weights: bytes of weights per stage, from the files' headers.
         origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.
         foresee: predicts what this plan needs; `forecast` is what it said where the plan was made for a memory, `memory` asks it otherwise.
@@ -91,7 +91,7 @@ class Plan:
     weights: Mapping[str, int]
     notes: tuple[str, ...]
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    split: Split | None = None
+    parallel: Parallel | None = None
     quantise: str | None = None
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Plan:
             "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
             "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, speed {self.speed}, "
-                       f"{self.evaluations} network evaluations a picture",
+                       f"{self.evaluations} network evaluations a picture" + (f", {self.parallel}" if self.parallel else ""),
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
         if self.forecast is not None:
@@ -172,7 +172,7 @@ class Machine:
     layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError; see `latentgen.models.weaken.chosen`.
     tuned: what requests do that say no approximation of their own.
     quantise: how weights are held, None as they are.
-    split: its place among processes that share the sides of guidance.
+    parallel: how several processes make each picture together.
     """
 
     model: str
@@ -184,7 +184,7 @@ class Machine:
     notes: tuple[str, ...] = ()
     layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
     tuned: Tuned | None = None
-    split: Split | None = None
+    parallel: Parallel | None = None
     quantise: str | None = None
 
 
@@ -241,11 +241,9 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     if machine.tuned is not None and request.approximate is None:
         approximate = filled(machine.tuned.approximate)
         notes.append(str(machine.tuned))
-    if machine.split is not None and request.seed is None:
-        raise RequestError("seed is not given, and each of the processes that share this run would draw its own: give one")
-    if machine.split is not None:
-        notes.append(f"process {machine.split.rank + 1} of {machine.split.world}, which share the sides of guidance" if guided else
-                     f"there are no sides of guidance to share: each of the {machine.split.world} processes does all the work")
+    if machine.parallel is not None:
+        approximate = decided_alone(approximate, refuse)
+        notes += machine.parallel.idle(request.batch * (sides if guided else prompt.composed))
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
@@ -255,4 +253,4 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, speed=machine.speed, weights=machine.weights,
-        notes=tuple(notes), approximate=approximate, split=machine.split, quantise=machine.quantise, references=references)
+        notes=tuple(notes), approximate=approximate, parallel=machine.parallel, quantise=machine.quantise, references=references)

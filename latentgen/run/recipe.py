@@ -127,7 +127,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     recipe |= {"quantise": plan.quantise} if plan.quantise else {}
     if plan.speed == "exact" and plan.dtype == "bfloat16" and plan.residency in ("stream", "disk"):
         recipe["residency"] = plan.residency  # streamed blocks are plain, so that the last bits may be others
-    return recipe | {"dtype": plan.dtype, "speed": plan.speed, "device": plan.device.split(":")[0], "versions": _versions(plan.device), "notes": list(notes)}
+    return recipe | {"dtype": plan.dtype, "speed": plan.speed, "device": plan.device.split(":")[0], "versions": _versions(plan), "notes": list(notes)}
 
 
 def speed_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,15 +222,15 @@ def _seeds(plan: Plan) -> dict[str, Any]:
     return {name: list(used) if isinstance(said, tuple) else used[0] for name, (said, used) in each.items() if used}
 
 
-def _versions(device: str) -> dict[str, str]:
+def _versions(plan: Plan) -> dict[str, str]:
     """What may change the last bits of a picture: versions, and the arithmetic of the processor. No names of machines."""
     try:
         ours = version("latentgen")
     except PackageNotFoundError:
         ours = "source"
     processor = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
-    kernels = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor
-    return {"latentgen": ours, "torch": torch.__version__, "kernels": kernels}
+    kernels = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else processor
+    return {"latentgen": ours, "torch": torch.__version__, "kernels": kernels} | ({"parallel": str(plan.parallel)} if plan.parallel else {})
 
 
 def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

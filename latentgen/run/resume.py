@@ -72,9 +72,6 @@ def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Kee
     if plan.pictures:
         raise RequestError("save_state is given but wildcards draw different texts for the pictures of this batch: make them one by one, "
                            "or leave it out")
-    if plan.split is not None:
-        raise RequestError("save_state is given but this pipeline is split, and each process knows only its own sides: "
-                           "leave save_state out, or do not split")
     return Keeper(begun(path, plan.request, every=every, total=plan.steps), lambda: make_recipe(plan, pipe.checkpoint.digest, ()))
 
 

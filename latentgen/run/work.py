@@ -34,10 +34,11 @@ from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.mask import paste_back
 from latentgen.pixels.upscale import UPSCALERS, larger_latents, larger_pixels
-from latentgen.run.denoising import network, worded
+from latentgen.run.denoising import evaluated, network, worded
 from latentgen.run.guard import DenoiserError, Watch, even, flat, named, once_more, pictures_named
 from latentgen.run.guiding import OPTIONS
 from latentgen.run.memo import Memo
+from latentgen.run.parallel import ALONE, Group, Team
 from latentgen.run.passes import Pass
 from latentgen.run.plan import Plan
 from latentgen.run.recipe import make_recipe
@@ -63,6 +64,7 @@ class Work:
         notes: the plan's, and what this run adjusts.
         savings: what its approximations have saved.
         precision: of the denoiser, where it is not that of the pipeline.
+        group: of the processes that make each picture together, where there are several; `team` is what this run has of it.
     """
 
     family: Family
@@ -74,11 +76,21 @@ class Work:
     notes: list[str] = field(default_factory=list)
     savings: dict[str, Tally] = field(default_factory=dict)
     precision: torch.dtype | None = None
+    group: Group | None = None
+    team: Team = ALONE
 
     @property
     def precise(self) -> torch.dtype:
         """In what the denoiser computes."""
         return self.precision or self.residency.dtype
+
+    def run(self) -> Generator[Step, None, Result]:
+        """`guarded`, by this process or by several that were given the same."""
+        if self.group is None:
+            return (yield from self.guarded())
+        with self.group.team() as team:
+            team.agree(make_recipe(self.plan, self.checkpoint.digest, ()))
+            return (yield from replace(self, team=team).guarded())
 
     def guarded(self) -> Generator[Step, None, Result]:
         """`steps`; where the denoiser overflows in half precision, all of them once more with it in float32."""
@@ -122,6 +134,7 @@ class Work:
         images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
         timings["decode"], _ = _since(phase)
         timings["total"] = time.perf_counter() - began
+        self.notes[:] = dict.fromkeys(note for notes in self.team.each(self.notes) for note in notes)
         recipe = make_recipe(plan, self.checkpoint.digest, tuple(self.notes))
         return Result(tuple(images), plan, tuple(self.notes), timings, recipe, x.cpu())
 
@@ -218,7 +231,8 @@ class Work:
             nets, asked = quick(script)
             nets = approximate(nets, asked, plan=plan, shape=one.seen, tallies=self.savings)
             weaker = {name: placed(self.network(*quick(script, name))) for name in layers}
-            return worded(self.family, placed(self.network(nets, asked)), plan, script, progress=progress, weaker=weaker)
+            evaluate = self.team.dealt(evaluated(plan.rows, apart=plan.request.split_guidance))
+            return worded(self.family, placed(self.network(nets, asked)), plan, script, progress=progress, evaluate=evaluate, weaker=weaker)
 
         denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)
         denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=progress, residency=self.residency), plan.guiders)
@@ -242,10 +256,13 @@ class Work:
         """Decode one picture at a time, so that none depends on its batch; in float32 once more where half precision overflows."""
         spec = self.family.latent
 
-        def decoded(dtype: torch.dtype) -> Tensor:
+        def some(which: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
             with self.residency.use("decoder", dtype=dtype, policy=self.plan.residency) as modules:
                 whole = partial(decode, modules["vae"], spec=spec, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_decode)
-                return torch.cat([whole(part).cpu() for part in z.split(1)])
+                return [whole(z[n:n + 1])[0] for n in which]
+
+        def decoded(dtype: torch.dtype) -> Tensor:
+            return torch.stack(self.team.shared(partial(some, dtype=dtype), len(z), z.new_empty((3, one.height, one.width)))).cpu()
 
         pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
         self.notes.extend(said)
