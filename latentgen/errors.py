@@ -34,5 +34,9 @@ class ParallelError(LatentgenError):
     """The processes that make a picture together have lost each other."""
 
 
+class OutOfMemoryError(LatentgenError, MemoryError):
+    """Memory ran out, and there was nothing left that could be done in less of it; what was held is freed."""
+
+
 class TrainingError(LatentgenError):
     """A training command cannot start or go on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,13 @@ import torch
 
 from latentgen.errors import RequestError
 from latentgen.run.forecast import GB, NAMES
-from latentgen.run.residency import POLICIES, STREAMING
+from latentgen.run.ladder import fewer_rows, placed, policies, smaller_tiles
 
 if TYPE_CHECKING:
     from latentgen.run.forecast import Forecast
     from latentgen.run.plan import Plan
-    from latentgen.run.request import Request
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-TILES = (512, 384, 256)  # sides of the autoencoder's tiles, in pixels, from the fastest to the smallest
 MARGIN = 1.03  # how much more than predicted is kept free
 
 
@@ -72,35 +70,24 @@ def _number(path: str) -> int | None:
         return None
 
 
-def fitted(request: Request, make: Callable[[Request], Plan], foresee: Callable[[Plan], Forecast], budget: int) -> Plan:
-    """The first plan that fits, going down the ladder: from what the pipeline would do, guidance split, smaller tiles, then the next policy of residency.
+def fitted(wish: Plan, foresee: Callable[[Plan], Forecast], budget: int) -> Plan:
+    """The first plan that fits, going down the ladder: from what the pipeline would do without a limit.
 
     Args:
-        make: plans a request as the pipeline would without a limit.
         foresee: predicts what a plan needs.
 
     Raises:
         RequestError: none fits: what it needs at least, and what would help.
     """
-    wish = make(request)
-    if request.seed is None:  # what wildcards draw hangs on it
-        request = request.replace(seed=wish.seeds[0])
-
-    def anew(plan: Plan, **changes: object) -> Plan:
-        made = make(request.replace(**{"vae_tile": plan.request.vae_tile, "split_guidance": plan.request.split_guidance, **changes}))
-        return placed(replace(made, noise=plan.noise), residency=plan.residency, rows=plan.rows)
-
     tried: list[tuple[int, str, Forecast]] = []
-    policies = [policy for policy in POLICIES[POLICIES.index(wish.residency):] if not (wish.quantise and policy in STREAMING)]
-    for policy in policies:
+    for policy in (wish.residency, *policies(wish)):
         plan = placed(wish, residency=policy)
-        for step in _sampled(plan, anew):
-            need = foresee(step)
-            if _fits(need.peak, budget) or need.stages["denoiser"].peak * MARGIN <= budget:
-                plan = step
-                break
+        for step in (plan, *fewer_rows(plan)):
             plan = step
-        for step in _decoded(plan, anew):
+            need = foresee(step)
+            if _fits(need.peak, budget) or _fits(need.stages["denoiser"].peak, budget):
+                break
+        for step in (plan, *(smaller_tiles(plan) if plan.request.vae_tile is None else ())):
             need = foresee(step)
             tried.append((need.peak, policy, need))
             if _fits(need.peak, budget):
@@ -119,30 +106,6 @@ def _cure(stage: str, need: Forecast) -> str:
     if need.stages[stage].weights > need.stages[stage].activations:  # type: ignore[index]
         return "give it more memory, load it in a dtype of fewer bytes, or use a smaller model"
     return "make the picture smaller, or fewer at once" if stage == "denoiser" else "make the picture smaller"
-
-
-def placed(plan: Plan, **changes: object) -> Plan:
-    """A plan, and those of its pictures, with other fields of where and how it runs."""
-    return replace(plan, **changes, pictures=tuple(replace(one, **changes) for one in plan.pictures))
-
-
-def _sampled(plan: Plan, anew: Callable[..., Plan]) -> Iterator[Plan]:
-    """A plan with ever fewer rows in a call of its network."""
-    yield plan
-    while plan.rows > 1:
-        plan = placed(plan, rows=(plan.rows + 1) // 2)
-        yield plan
-    if plan.batching != "off" and not plan.request.split_guidance:
-        yield anew(plan, split_guidance=True)
-
-
-def _decoded(plan: Plan, anew: Callable[..., Plan]) -> Iterator[Plan]:
-    """A plan with ever smaller tiles of its autoencoder, except where the user said their size."""
-    yield plan
-    if plan.request.vae_tile is None:
-        for side in TILES:
-            if side < (plan.tile or max(plan.passes[-1].width, plan.passes[-1].height)):
-                yield anew(plan, vae_tile=side)
 
 
 def _told(wish: Plan, plan: Plan, need: Forecast, budget: int, foresee: Callable[[Plan], Forecast]) -> Plan:

@@ -26,6 +26,7 @@ from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.budget import fitted, memory_bytes
 from latentgen.run.forecast import forecast
+from latentgen.run.ladder import enduring
 from latentgen.run.meaning import explained, planned
 from latentgen.run.memo import Memo
 from latentgen.run.parallel import Group, join_group, own_device
@@ -233,7 +234,7 @@ class Pipeline:
             return self._unlimited(said)
         speed = speeds(self.residency.device, self.residency.dtype)
         foresee = partial(forecast, self.checkpoint, self.family, speeds=speed)
-        return fitted(said, self._unlimited, foresee, memory_bytes(memory, self.residency.device))
+        return fitted(self._unlimited(said), foresee, memory_bytes(memory, self.residency.device))
 
     def _unlimited(self, request: Request) -> Plan:
         request = request if self._group is None else self._group.seeded(request)
@@ -282,10 +283,10 @@ class Pipeline:
     def _started(self, plan: Plan, keeper: Keeper | None = None) -> Run:
         if keeper is None:
             work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, group=self._group)
-            return Run(self, work, work.run())
+            return Run(self, work, enduring(work) if self._group is None else work.run())  # the others of a group would wait for one that goes down the ladder
         work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, keeper.record.heard)
         keeper.record.note = work.notes.append
-        return Run(self, work, keeper.steps(work.guarded()), done=keeper.done)
+        return Run(self, work, keeper.steps(enduring(work, again=keeper.record.again)), done=keeper.done)
 
     def _run(self, task: str, on_step: OnStep | None, *, save_state: str | Path | None = None, save_every: int | None = None, **said: Any) -> Result:
         request = _as_request(said.pop("prompt"), said)

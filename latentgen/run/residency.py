@@ -74,12 +74,16 @@ class Residency:
         if policy != "resident":
             self._retire(policy, but=frozenset(parts.values()))
         taken: list[Key] = []
+        modules: dict[str, nn.Module] = {}
         try:
-            modules: dict[str, nn.Module] = {}
             for part, key in parts.items():
                 modules[part.name] = self._take(part, key, policy)
                 taken.append(key)
             yield modules
+        except Exception as error:
+            if not hasattr(error, "stage"):
+                error.stage = stage  # type: ignore[attr-defined]  # where memory ran out, if that it was
+            raise
         finally:
             for key in taken:
                 self._release(key, policy)

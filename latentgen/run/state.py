@@ -132,6 +132,13 @@ class Record:
 
         return recorded
 
+    def again(self, same: bool) -> None:
+        """The run is done again from its start: by these answers, where they are the `same` ones, else by new ones."""
+        self._at = 0
+        if not same:
+            self.answers.clear()
+            self.asked.clear()
+
 
 class Keeper:
     """Keeps a run's state in a file while it runs: after every n-th step, at the end, and where it stops. `done`: steps that were made before."""

@@ -65,6 +65,7 @@ class Work:
         savings: what its approximations have saved.
         precision: of the denoiser, where it is not that of the pipeline.
         group: of the processes that make each picture together, where there are several; `team` is what this run has of it.
+        sampled: the latents that an earlier attempt made, which had no memory left to decode them.
     """
 
     family: Family
@@ -78,6 +79,7 @@ class Work:
     precision: torch.dtype | None = None
     group: Group | None = None
     team: Team = ALONE
+    sampled: Tensor | None = None
 
     @property
     def precise(self) -> torch.dtype:
@@ -113,9 +115,9 @@ class Work:
         timings["text"], phase = _since(phase)
         sources = [self.source_latents(one) for one in plan.passes]
         timings["encode"], phase = _since(phase)
-        sample, done, x = find_sampler(plan.sampler).function, 0, None
+        sample, done, x = find_sampler(plan.sampler).function, 0, self.sampled
         noise = plan.noise.noise(spec.shape(plan.width, plan.height), spec.factor)
-        for n, (one, said, z0) in enumerate(zip(plan.passes, scripts, sources, strict=True)):
+        for n, (one, said, z0) in enumerate(zip(plan.passes, scripts, sources, strict=True) if x is None else ()):
             made = None if x is None else self.larger(plan.passes[n - 1], one, x)
             noise = noise if made is None else noise.sized(spec.shape(one.width, one.height))
             eps, watch = noise.draw().to(device), Watch()
@@ -131,7 +133,11 @@ class Work:
             done += one.steps
         self.notes.extend(saved(self.savings))
         timings["sample"], phase = _since(phase)
-        images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
+        try:
+            images = self.finish(plan.passes[-1], self.pixels(plan.passes[-1], x))
+        except Exception as error:
+            error.latents = x  # type: ignore[attr-defined]  # another attempt to decode need not sample them again
+            raise
         timings["decode"], _ = _since(phase)
         timings["total"] = time.perf_counter() - began
         self.notes[:] = dict.fromkeys(note for notes in self.team.each(self.notes) for note in notes)
