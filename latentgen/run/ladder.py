@@ -105,7 +105,7 @@ def enduring(work: Work, *, again: Callable[[bool], None] = lambda same: None) -
                     told += 1
                     yield step
         except Exception as error:
-            if not ran_out(error) or work.plan.split is not None:  # the other processes would wait for this one where it was
+            if not ran_out(error):
                 raise
             stage, sampled = getattr(error, "stage", None), getattr(error, "latents", None)
             work, same = _below(work, stage, sampled, error)

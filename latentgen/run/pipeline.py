@@ -283,7 +283,8 @@ class Pipeline:
     def _started(self, plan: Plan, keeper: Keeper | None = None) -> Run:
         if keeper is None:
             work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, group=self._group)
-            return Run(self, work, enduring(work) if self._group is None else work.run())  # the others of a group would wait for one that goes down the ladder
+            alone = self._group is None  # the others of a group would wait for one that goes down the ladder
+            return Run(self, work, enduring(work) if alone else work.run())
         work = Work(self.family, self.checkpoint, self.residency, self._memo, plan, keeper.record.heard)
         keeper.record.note = work.notes.append
         return Run(self, work, keeper.steps(enduring(work, again=keeper.record.again)), done=keeper.done)
