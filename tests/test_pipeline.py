@@ -231,7 +231,7 @@ def test_what_was_encoded_is_remembered(tiny_folder, policy):
     own.txt2img("a cat", steps=1, seed=0)
     loaded = []
     take = own.residency._take
-    own.residency._take = lambda part, dtype: loaded.append(part.name) or take(part, dtype)
+    own.residency._take = lambda part, *how: loaded.append(part.name) or take(part, *how)
     own.img2img("a cat", picture(), steps=2, seed=0)
     own.img2img("a cat", picture(), steps=2, seed=1)
     assert loaded == ["vae", "unet", "vae", "unet", "vae"]  # nothing is read for a text or picture that is remembered
@@ -387,7 +387,7 @@ def test_a_decoder_that_overflows_is_run_once_more_in_float32(tiny_folder, tmp_p
     made = half.txt2img("a cat", steps=2, seed=0)
     assert any("decoded once more in float32: the decoder gave NaN or infinity in float16" in note for note in made.notes)
     assert made.notes == tuple(made.recipe["notes"])
-    assert {dtype for _, dtype in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
+    assert {key[1] for key in half.residency._here} == {torch.float16}  # the copy in float32 is not kept
 
 
 def test_an_encoder_that_overflows_says_so_each_time(tiny_folder, tmp_path):
