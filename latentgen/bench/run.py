@@ -82,7 +82,7 @@ def bench(model: str | Path = "glyph", *, width: int = 256, height: int = 256, s
     for name, value in (("rounds", rounds), ("threads", 1 if threads is None else threads)):
         if not isinstance(value, int) or not 1 <= value <= 1000:
             raise RequestError(f"{name} is {value!r}: expected a whole number from 1 to 1000")
-    with _threads(threads):
+    with with_threads(threads):
         pipe = load(model, progress=False)
         options = {"width": width, "height": height, "steps": steps}
         plan = pipe.plan("a red heart", seed=0, **options)
@@ -136,7 +136,7 @@ def _diffusers(pipe: Pipeline, plan: Plan, dtype: torch.dtype) -> Call:
     predictions = {"v": "v_prediction", "epsilon": "epsilon"}
     if {p.name for p in family.parts} != {"text_encoder", "unet", "vae"} or family.prediction not in predictions:
         raise ModelError(f"diffusers' StableDiffusionPipeline cannot run the family {family.name!r}: use against='none'")
-    with _quiet():
+    with quiet():
         parts = {p.name: part_class(p.cls).from_pretrained(folder / p.name, torch_dtype=dtype, local_files_only=True) for p in family.parts}
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     scheduler = DPMSolverMultistepScheduler(
@@ -250,7 +250,7 @@ def _megabytes(maxrss: int) -> float:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def with_threads(count: int | None) -> Iterator[None]:
     """torch with `count` threads for as long as the block runs."""
     import torch
 
@@ -264,17 +264,19 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bars and no remarks about configs from diffusers and transformers while the block runs."""
     from diffusers.utils import logging as theirs
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), theirs.get_verbosity()
     logging.disable_progress_bar()
+    theirs.disable_progress_bar()
     theirs.set_verbosity_error()
     try:
         yield
     finally:
         theirs.set_verbosity(verbosity)
+        theirs.enable_progress_bar()
         if shown:
             logging.enable_progress_bar()

@@ -275,7 +275,7 @@ class Pipeline:
             return self.plan(request, **options)
         _alone("a finished plan", options)
         own = self._machine
-        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.weights, m.parallel) for m in (request, own))
+        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.speed, m.weights, m.parallel) for m in (request, own))
         if theirs != ours:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return request
