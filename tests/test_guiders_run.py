@@ -208,3 +208,11 @@ def test_weaker_networks_of_every_family_wherever_their_weights_are(tmp_path, ki
     plain = latentgen.load(folder, dtype="float32", device="cpu", progress=False).txt2img("a cat", **said)
     assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2])
     assert (pictures[0] - plain.latents).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("said", "row"), [
+    ({}, "guidance  4 (pair)"), ({"guidance_scale": 1.0}, "guidance  off"),
+    ({"guiders": "cfg_pp", "guidance_rescale": 0.7, "guidance_interval": (0.2, 0.8)}, "guidance  of cfg_pp (pair), rescale 0.7, from 0.2 to 0.8"),
+    ({"split_guidance": True, "vae_tile": 64}, "told      split_guidance True, vae_tile 64")])
+def test_the_plan_shows_all_that_guides(pipe, said, row):
+    assert row in str(pipe.plan("a cat", **said)).splitlines()

@@ -149,3 +149,11 @@ def test_command(tiny_folder: Path, tmp_path: Path) -> None:
         assert film.n_frames == 3
     done = subprocess.run([*command[:-1], "a.avi"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "ends in '.avi'" in done.stderr
+
+
+def test_frames_of_several_sizes_are_refused_before_any_is_made(pipe) -> None:  # noqa: ANN001
+    from latentgen.run.request import Request
+
+    keys = [Request(prompt="a cat", upscale=factor) for factor in (1.5, 2.0)]
+    with pytest.raises(RequestError, match="upscale differs between two keyframes and has no way between"):
+        pipe.interpolate(keys, frames=3, seed=1)

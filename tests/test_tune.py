@@ -1,6 +1,9 @@
 """Tuning: what is tried, what is kept, and that nothing of it is used but where it is asked for, and then told. No test reads a clock's value."""
 
 import json
+from contextlib import closing
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from latentgen.cli import app
 from latentgen.errors import OutputError, RequestError
 from latentgen.models.approximate.table import said
 from latentgen.run.kept import config_folder, keep, read_kept
+from latentgen.run.state import read_state
 from latentgen.run.tuned import Tuned, keep_tuned, read_tuned, tuned_key
 
 SMALL = {"steps": 3, "width": 64, "height": 64}
@@ -95,6 +99,22 @@ def test_tuned_is_used_only_where_it_is_asked_for_and_then_told(tiny_folder, fre
     assert made.image.tobytes() == again.image.tobytes()
     (file,) = made.save(config.parent / "cat.png")
     assert fresh.replay(file).identical  # the recipe says it all: the other pipeline is not tuned
+    (plain,) = fresh.txt2img("a cat", seed=1, **SMALL).save(config.parent / "plain.png")
+    assert pipe.replay(plain).identical  # and takes nothing of what this one is tuned to
+
+
+def test_an_interrupted_run_goes_on_as_it_was_begun(fresh, config):
+    """By a pipeline that is tuned, without what it is tuned to; not by one that holds its weights in another way."""
+    state, whole = config.parent / "run.state", fresh.txt2img("a cat", seed=1, **SMALL)
+    with closing(fresh.stream("a cat", seed=1, save_state=state, save_every=1, **SMALL)) as run:
+        next(run)
+    keep_tuned(key_of(fresh), FOUND)
+    found = read_state(state)
+    other = copy(fresh)
+    other._machine = replace(fresh._machine, quantise="int8")
+    with pytest.raises(RequestError, match="begun with quantise None and here it would be int8: load the model with that"):
+        other.resume(found)
+    assert fresh.tuned().resume(found).image.tobytes() == whole.image.tobytes()
 
 
 @pytest.mark.parametrize("damage", ['{"approximate": {"no_such": {}}, "quality": 1, "speedup": 1}', '{"quality": 1}', '{"approximate": 3, "quality": 1, "speedup": 1}', "[]"])
@@ -143,3 +163,14 @@ def test_of_a_transformer(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "candidates", lambda kind: [{"first_block": {"threshold": 0.1}}] if kind == "transformer" else [])
     found = tuning.tune(folder, quality=0.0, prompts=["a cat"], dtype="float32", device="cpu", save=False, **SMALL)
     assert {row["name"] for row in found["rows"]} == {"exact", "first_block threshold 0.1"} and read_kept("tuned") == {}
+
+
+def test_what_is_remembered_of_a_latent_that_turns_is_refused(tmp_path):
+    """A transformer sees a seamless picture turned at each level, so nothing of the level before fits. Windows along the edge do not turn."""
+    pipe = latentgen.load(tiny("sd3").save(tmp_path / "sd3"), dtype="float32", device="cpu", progress=False)
+    with pytest.raises(RequestError, match="taylor is given but seamless turns the latent at every level"):
+        pipe.plan("a cat", approximate="taylor", seamless="x", **SMALL)
+    assert pipe.plan("a cat", approximate="taylor", seamless="x", tile=32, **SMALL).approximate
+    keep_tuned(key_of(pipe), Tuned({"taylor": {}}, 0.9, 1.5))
+    plan = pipe.tuned().plan("a cat", seamless="x", **SMALL)
+    assert not plan.approximate and any("tuned, but nothing is left out" in note for note in plan.notes)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_FRAMES = 2400
 FPS = 12.0
 NUMBERS = tuple(name for name, known in Request.model_fields.items() if float in get_args(known.annotation)
-                and name not in ("blend", "variation_strength", "denoising_start", "denoising_end"))
+                and name not in ("blend", "variation_strength", "denoising_start", "denoising_end", "upscale"))  # frames have one size
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from latentgen.diffusion.guidance.table import weaker
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import APPROXIMATIONS, filled, said
+from latentgen.models.approximate.table import APPROXIMATIONS, said
 from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of, decided_alone
-from latentgen.run.guiding import guidance_of, idle
+from latentgen.run.guiding import OPTIONS, guidance_of, idle
 from latentgen.run.levels import levels_of
 from latentgen.run.parallel import Parallel
 from latentgen.run.passes import Pass, grid_of, second_pass, wrap_of
 from latentgen.run.seeding import Seeds, seeds_of
-from latentgen.run.sizing import open_references, sized
+from latentgen.run.sizing import Source, open_references, sized
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
 from latentgen.run.tuned import Tuned
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from latentgen.run.forecast import Forecast
     from latentgen.run.request import Request
 
+TOLD = ("shift", "clip_skip", "denoising_start", "denoising_end", "fit", "feather", "split_guidance", "vae_tile", *OPTIONS)  # shown as they were said
 SIDES = {"cfg": 2, "image": 3}  # how often a guided evaluation sees a picture
 
 
@@ -99,15 +100,50 @@ class Plan:
     forecast: Forecast | None = field(default=None, compare=False)
     pictures: tuple[Plan, ...] = field(default=(), repr=False)
 
-    width = property(lambda self: self.passes[0].width)
-    height = property(lambda self: self.passes[0].height)
-    levels = property(lambda self: self.passes[0].levels)
-    asked_steps = property(lambda self: self.passes[0].asked_steps)
-    first_step = property(lambda self: self.passes[0].first_step)
-    strength = property(lambda self: self.passes[0].strength)
-    source = property(lambda self: self.passes[0].source)
-    crop = property(lambda self: self.passes[-1].crop)
-    tile = property(lambda self: self.passes[-1].tile)
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return self.passes[0].width
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return self.passes[0].height
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Those visited, the clean one last."""
+        return self.passes[0].levels
+
+    @property
+    def asked_steps(self) -> int:
+        """Steps of the whole path."""
+        return self.passes[0].asked_steps
+
+    @property
+    def first_step(self) -> int:
+        """The first that is run of them, counted from 1."""
+        return self.passes[0].first_step
+
+    @property
+    def strength(self) -> float:
+        """The share of them that is run."""
+        return self.passes[0].strength
+
+    @property
+    def source(self) -> Source | None:
+        """The picture that an edit starts from."""
+        return self.passes[0].source
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Width and height of the finished picture."""
+        return self.passes[-1].crop
+
+    @property
+    def tile(self) -> int | None:
+        """Side of an autoencoder's tile in pixels, None where it sees the picture whole."""
+        return self.passes[-1].tile
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -135,15 +171,25 @@ class Plan:
             raise RequestError("the memory of this plan is not known: make it with pipe.plan")
         return self.forecast or self.foresee(self)  # type: ignore[misc]
 
+    @property
+    def _guidance(self) -> str:
+        """"7.5 (pair), rescale 0.7, from 0.2 to 0.8", as far as there is something to say."""
+        scale = "of cfg_pp" if "cfg_pp" in self.guiders else f"{self.cfg_scale:g}"
+        built_in = f"{self.guidance_scale:g} (built in)" if self.guidance_scale not in (1, self.cfg_scale) else ""
+        said = [f"{scale} ({self.batching})"] if self.batching != "off" else [] if built_in else ["off"]
+        said += [built_in] if built_in else []
+        said += [f"{self.image_guidance_scale:g} of the picture"] if self.batching == "triple" and self.empty is None else []
+        said += [f"rescale {self.guidance_rescale:g}"] if self.guidance_rescale else []
+        said += [f"from {self.guidance_interval[0]:g} to {self.guidance_interval[1]:g}"] if self.guidance_interval != (0, 1) else []
+        return ", ".join(said)
+
     def __str__(self) -> str:
         first = self.passes[0]
-        scale = "of cfg_pp" if "cfg_pp" in self.guiders else f"{self.guidance_scale:g}"
-        guidance = f"{scale} ({self.batching})" if self.batching != "off" else "off" if self.guidance_scale == 1 else f"{self.guidance_scale:g} (built in)"
         rows = {
             "model": self.model, "task": self.task, "size": first.size, "seeds": str(self.noise),
             "steps": f"{first.steps}, {self.sampler}, {self.spacing}, {first.way}" + "".join(f", {k} {v}" for k, v in self.options.items()),
             **{"then": str(one) for one in self.passes[1:]},
-            "guidance": guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
+            "guidance": self._guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
             "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, speed {self.speed}, "
                        f"{self.evaluations} network evaluations a picture" + (f", {self.parallel}" if self.parallel else ""),
@@ -151,6 +197,9 @@ class Plan:
         }
         if self.forecast is not None:
             rows |= {"memory": str(self.forecast), "time": self.forecast.time}
+        fields = type(self.request).model_fields
+        if told := [f"{name} {value}" for name in TOLD if (value := getattr(self.request, name)) != fields[name].default]:
+            rows["told"] = ", ".join(told)
         if self.guiders:
             rows["guiders"] = "; ".join(" ".join([name, *(f"{key} {value}" for key, value in options.items())]) for name, options in self.guiders.items())
         if self.approximate:
@@ -204,7 +253,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     references = open_references(request, family)
     source, width, height, crop = sized(request, family, references)
     if (request.vae_tile or 0) % family.latent.factor:
-        raise RequestError(f"vae_tile is {request.vae_tile}: expected a multiple of {family.latent.factor}, so use {request.vae_tile // family.latent.factor * family.latent.factor}")
+        fits = request.vae_tile // family.latent.factor * family.latent.factor
+        raise RequestError(f"vae_tile is {request.vae_tile}: expected a multiple of {family.latent.factor}, so use {fits}")
     native = defaults.width * defaults.height
     if not native / 5 < width * height < native * 5:
         notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
@@ -237,17 +287,15 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid,
                  source=source, vae_tile=request.vae_tile)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
-    approximate = approximations_of(request, family, refuse)
-    if machine.tuned is not None and request.approximate is None:
-        approximate = filled(machine.tuned.approximate)
-        notes.append(str(machine.tuned))
+    passes = (first,) if second is None else (first, second)
+    approximate = approximations_of(request, family, refuse, passes=passes, tuned=machine.tuned, notes=notes)
     if machine.parallel is not None:
         approximate = decided_alone(approximate, refuse)
         notes += machine.parallel.idle(request.batch * (sides if guided else prompt.composed))
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(
-        request=request, model=machine.model, task=request.task, passes=(first,) if second is None else (first, second),
+        request=request, model=machine.model, task=request.task, passes=passes,
         noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
         spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg, image_guidance_scale=image_scale,
         guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,

@@ -87,7 +87,8 @@ class Recipe:
         Raises:
             RequestError: the recipe was altered and says what no request can, or a change is wrong.
         """
-        first = {"prompt": "", "dialect": "plain", "wildcards": False}  # the first recipes name no dialect: in their prompts nothing was syntax
+        first = {"prompt": "", "dialect": "plain", "wildcards": False,  # the first recipes name no dialect: in their prompts nothing was syntax
+                 "approximate": {}}  # where none is told none was taken, whatever this pipeline is tuned to
         return Request(**(first | self.fields | changes))
 
 
@@ -95,7 +96,8 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     """The request with every default filled in, the model's digest, versions and notes; JSON-ready. Source pictures are named by hash only.
 
     Every key that a `Request` has too may be given back to one as it is: with the same pictures, that makes the same picture. `batch` is the number
-    of pictures that were made (where wildcards gave them different texts, "cells" has what each says by itself); `rows`, where it is above 1, how many of them the network saw at once, which may change the last bits on a GPU.
+    of pictures that were made (where wildcards gave them different texts, "cells" has what each says by itself); `rows`, where it is above 1, how many
+    of them the network saw at once, which may change the last bits on a GPU.
     """
     if plan.pictures:
         recipes = [make_recipe(picture, digest, notes) for picture in plan.pictures]
@@ -210,7 +212,8 @@ def _said(request: Request) -> dict[str, Any]:
     found = {}
     for name, field in Request.model_fields.items():
         value = getattr(request, name)
-        if name not in PICTURES and name not in PLACES and (name in ALWAYS or value != field.default) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
+        said = name in ALWAYS or (value != field.default and value != {})
+        if said and name not in (*PICTURES, *PLACES) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
 

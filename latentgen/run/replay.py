@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", "template", "styled_with", "drawn",
            *(f"{name}_sha256" for name in PICTURES))  # compared one by one, or of no weight
+_UNSAID = {"rows": None, "quantise": None, "residency": None, "speed": "plain"}  # what it means that a recipe does not tell them
 _NAMES = {"weights": "the weights", "levels_sha256": "the noise levels", "rows": "pictures per network call", "kernels": "the processor's kernels"}
 
 
@@ -132,10 +133,11 @@ def _factors(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]
     versions = [recipe.get("versions") if isinstance(recipe.get("versions"), dict) else {} for recipe in (then, now)]
     for old, new in ((then, now), versions):
         for name in sorted({*old, *new} - {*_PASSED}):
-            if name not in old and name != "rows":
+            if name not in old and name not in _UNSAID:
                 continue  # an older version did not write it down
-            if old.get(name) != new.get(name):
-                said = f"{_NAMES.get(name, name)}: {_shown(old.get(name))} then, {_shown(new.get(name))} now"
+            was, is_now = (recipe.get(name, _UNSAID.get(name)) for recipe in (old, new))
+            if was != is_now:
+                said = f"{_NAMES.get(name, name)}: {_shown(was)} then, {_shown(is_now)} now"
                 found.append(said + (f" (the model {then.get('model')!r} then, {now.get('model')!r} now)" if name == "weights" else ""))
     return tuple(found)
 
