@@ -385,3 +385,12 @@ def test_a_second_pass_far_too_large_is_denoised_in_windows_and_says_so(pipe):
 
 def test_requests_take_numbers_of_any_kind():
     assert Request(prompt="a", upscale=np.float64(2)).upscale == 2.0 and Request(prompt="a", upscale=2).upscale == 2
+
+
+@pytest.mark.parametrize(("kind", "own"), [("sd15", 1), ("sd15-inpaint", 4)])
+def test_windows_that_hear_the_same_have_one_script(loaded, kind, own):
+    """And so one table of what is known before the first step; a network that is shown the picture has one for each window."""
+    pipe = loaded(kind)
+    run = pipe.stream("a cat", image=picture(96, 96), mask=hole(96, 96), tile=64, seed=0, steps=2)
+    scripts = run._work.scripts(run.plan.passes[0])
+    assert len(scripts) == len(run.plan.passes[0].grid.windows) == 4 and len({id(script) for script in scripts}) == own

@@ -152,7 +152,7 @@ class Work:
         """What is said when, as the denoiser of each window hears it: words, and what the family adds of the picture."""
         speaker = Speaker(self.family, self.checkpoint.tokenizers, self.residency, self.memo, self.plan, self.notes)
         windows = one.grid.windows
-        if one.source is None:  # windows are of one size, and nothing else tells them apart
+        if one.source is None or self.family.task != "inpaint":  # windows are of one size, and no network but those for inpainting sees more of them
             return [speaker.script(partial(self.family.inputs, self.scene(one, windows[0])))] * len(windows)
         return [speaker.script(partial(self.family.inputs, self.scene(one, window))) for window in windows]
 
