@@ -91,8 +91,8 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
         places = torch.cat([places, extra["places"][0].to(places)])
     words = conditioning.tokens.to(net.dtype)
     order = torch.nn.functional.pad(torch.arange(words.shape[1], device=x.device)[:, None], (3, 0))  # of the words, on the last axis of positions
-    out = net(tokens.to(net.dtype), words, torch.full((len(x),), level.time / 1000, device=x.device), img_ids=places,
-              txt_ids=order, guidance=extra["guidance"].to(x.device) if "guidance" in extra else None, return_dict=False)[0]
+    out = net(tokens.to(net.dtype), words, torch.full((len(x),), level.time / 1000, device=x.device), img_ids=places[None],
+              txt_ids=order[None], guidance=extra["guidance"].to(x.device) if "guidance" in extra else None, return_dict=False)[0]
     return out[:, :x.shape[2] * x.shape[3]].float().transpose(1, 2).reshape(x.shape)
 
 

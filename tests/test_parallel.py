@@ -43,6 +43,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "img2img": ("tiny", {"image": "teal", "strength": 0.6}, (1, 1)),
     "edit": ("sd15-instruct", {"reference": "teal"}, (3, 3)),
     "lengths": ("zimage", {}, (3, 3)),
+    "flux1": ("flux1/context", {"negative_prompt": "", "height": 96}, (3, 3)),
+    "flux2": ("flux2/context", {"negative_prompt": "", "batch": 2, "height": 96}, (6, 6)),
+    "qwenimage": ("qwenimage/context", {"prompt": "a red heart and a green tree", "negative_prompt": "", "guidance_scale": 1.0, "height": 96}, (3, 3)),
 }
 EXACT = ("pictures", "no guidance", "one evaluation", "ancestral")  # the same evaluations in the same calls
 
@@ -56,6 +59,8 @@ folder, runs, said = sys.argv[1], *pickle.loads(bytes.fromhex(sys.argv[2]))
 torch.set_num_threads(1)
 
 def loaded(kind, **how):
+    kind, _, way = kind.partition("/")
+    how = {name: way or value for name, value in how.items()} | ({"speed": "plain"} if way else {})
     return latentgen.load(f"{folder}/{kind}", dtype="float32", device="cpu", progress=False, **how)
 
 def asked(own):
@@ -65,7 +70,8 @@ def asked(own):
 alone = {kind: loaded(kind) for kind in dict.fromkeys(kind for kind, _, _ in runs.values())}
 single = {name: alone[kind].stream(latentgen.Request(**asked(own))).result for name, (kind, own, _) in runs.items()}
 rank = 0 if os.fork() else 1  # what is imported is imported once
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.cuda.is_available = lambda: False  # which asks the driver, and that must not be before a fork
+dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 pipes, told = {kind: loaded(kind, parallel="cfg") for kind in alone}, {}
 for name, (kind, own, _) in runs.items():
     calls = []
@@ -86,6 +92,11 @@ pipe, say = pipes["tiny"], {**said, "prompt": "a red heart"}
 drawn = pipe.stream(latentgen.Request(**{**say, "seed": None, "variation_strength": 0.1})).result
 told["drawn"] = drawn.seeds + drawn.plan.noise.variations, torch.equal(drawn.latents, pipe.txt2img("a red heart", **{**said, "seed": drawn.seeds[0],
     "variation_seed": drawn.plan.noise.variations[0], "variation_strength": 0.1}).latents)
+told["odd"] = [tried(lambda: pipes["qwenimage/context"].stream(latentgen.Request(**{**say, "prompt": words, "negative_prompt": "", "guidance_scale": 1.0})).result)
+               for words in ("a red heart", "a red red heart")]
+told["plain"] = tried(lambda: latentgen.load(f"{folder}/flux1", device="cpu", dtype="float32", progress=False, parallel="context"))
+told["no plan"] = tried(lambda: loaded("tiny/context", parallel="x"))
+told["approximate"] = tried(lambda: pipes["flux1/context"].plan("a cat", approximate="first_block"))
 told["different"] = tried(lambda: pipe.stream(latentgen.Request(**{**say, "steps": 3 + rank, "seed": rank})).result)
 
 def stopped():
@@ -115,7 +126,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("parallel")
     make_tiny(folder / "tiny")
-    for kind in ("zimage", "sd15-instruct"):
+    for kind in ("zimage", "sd15-instruct", "flux1", "flux2", "qwenimage"):
         tiny(kind).save(folder / kind)
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
     done = subprocess.run([sys.executable, "-c", WORKER, str(folder), pickle.dumps((RUNS, SAID)).hex()], env=environment, capture_output=True, text=True,
@@ -134,7 +145,7 @@ def test_two_processes_make_the_picture_of_one(told: list[dict[str, Any]], name:
         assert torch.equal(first["latents"], alone) and first["images"] == first["images_alone"]
     assert (first["latents"] - alone).abs().max() <= 1e-5 * alone.abs().max()
     assert (first["calls"], second["calls"]) == RUNS[name][2]
-    assert first["versions"]["parallel"] == "by 2 processes (cfg)"
+    assert first["versions"]["parallel"] == f"by 2 processes ({'context' if 'context' in RUNS[name][0] else 'cfg'})"
     assert any("deal out to 2 processes" in note for note in first["notes"]) is (name == "one evaluation")
 
 
@@ -151,6 +162,15 @@ def test_processes_that_do_not_agree_say_so(told: list[dict[str, Any]]) -> None:
         assert one["different"].startswith("RequestError: ") and "(levels_sha256, seed, steps)" in one["different"]
         assert one["second"].startswith("RequestError: another run of this pipeline is under way")
         assert "each of which knows a part of the run only" in one["kept"] and one["unknown"].startswith("RequestError: parallel is 'sequence'")
+
+
+@gloo
+def test_what_processes_that_share_tokens_cannot_do_is_said(told: list[dict[str, Any]]) -> None:
+    for one in told:
+        assert any(isinstance(said, str) and said.startswith("RequestError: the tokens of the words or the picture cannot be parted evenly") for said in one["odd"])
+        assert not all(isinstance(said, str) for said in one["odd"])  # one word more or less
+        assert "pass speed='plain'" in one["plain"] and "looks at all tokens" in one["approximate"]
+        assert "nothing tells how to part the tokens of a UNet2DConditionModel" in one["no plan"]
 
 
 @gloo
@@ -210,7 +230,7 @@ def test_sides_of_several_networks_are_asked_in_order() -> None:
 def test_approximations_that_look_at_all_sides_are_refused() -> None:
     problems: list[str] = []
     assert decided_alone({"first_block": {}, "token_merging": {}}, problems.append) == {"token_merging": {}}
-    assert len(problems) == 1 and problems[0].startswith("first_block is given but decides by")
+    assert len(problems) == 1 and problems[0].startswith("first_block is given but looks at all sides")
     assert Parallel("cfg", 2).idle(2) == [] and len(Parallel("cfg", 4).idle(2)) == 1
 
 

@@ -171,7 +171,7 @@ MACHINE: Group = (
 
 
 PARALLEL: Group = (
-    _option(_M, "parallel", str | None, "--parallel", "How the processes that torchrun started make one picture: cfg, the evaluations of each step are dealt out. "
+    _option(_M, "parallel", str | None, "--parallel", "How the processes that torchrun started make one picture: cfg, the evaluations of each step are dealt out, or context, their tokens. "
             "Default under torchrun: cfg.", metavar="NAME"),
 )
 

@@ -50,9 +50,14 @@ def approximations_of(request: Request, family: Family, refuse: Callable[[str], 
     return filled(fit)
 
 
-def decided_alone(approximate: Mapping[str, Mapping[str, Any]], refuse: Callable[[str], None]) -> dict[str, Mapping[str, Any]]:
-    """Approximations without those that decide by all sides of guidance, for processes that see some of them each."""
-    kept = {name: options for name, options in approximate.items() if not APPROXIMATIONS[name].adaptive}
+def decided_alone(approximate: Mapping[str, Mapping[str, Any]], refuse: Callable[[str], None], *, way: str = "cfg") -> dict[str, Mapping[str, Any]]:
+    """Approximations without those that look at more than one of several processes sees.
+
+    Args:
+        way: in which they make a picture: "cfg", each sees some sides of guidance, or "context", some tokens.
+    """
+    kept = {name: options for name, options in approximate.items() if way == "cfg" and not APPROXIMATIONS[name].adaptive}
     for name in approximate.keys() - kept.keys():
-        refuse(f"{name} is given but decides by what all sides of guidance have in common, of which each process sees some: leave it or parallel out")
+        sees = "sides of guidance" if way == "cfg" else "tokens"
+        refuse(f"{name} is given but looks at all {sees}, of which each process sees some: leave it or parallel out")
     return kept

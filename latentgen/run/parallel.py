@@ -24,10 +24,11 @@ from torch import Tensor
 from latentgen.errors import ParallelError, RequestError
 
 if TYPE_CHECKING:
+    from latentgen.models.family import Modules
     from latentgen.run.denoising import Evaluate
     from latentgen.run.request import Request
 
-WAYS = ("cfg",)
+WAYS = {"cfg": "the evaluations of each step are dealt out", "context": "the tokens of each evaluation are"}
 TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others; the first step loads weights
 DIFFERENT = ("versions", "notes")  # what a recipe says that processes may each have their own of
 
@@ -37,7 +38,7 @@ class Parallel:
     """How several processes make a picture.
 
     Attributes:
-        way: "cfg", the evaluations of each step are dealt out.
+        way: "cfg", the evaluations of each step are dealt out; "context", the tokens of each evaluation are.
         processes: how many there are.
     """
 
@@ -49,7 +50,7 @@ class Parallel:
 
     def idle(self, evaluations: int) -> list[str]:
         """A note where there are more processes than evaluations in a step."""
-        if evaluations >= self.processes:
+        if evaluations >= self.processes or self.way == "context":
             return []
         return [f"a step has {evaluations} evaluation(s) to deal out to {self.processes} processes: the others wait, so a batch or guidance would be faster"]
 
@@ -74,6 +75,10 @@ class Team:
     def each(self, data: Any) -> list[Any]:
         """What every process says, in order; plain data."""
         return [data]
+
+    def networks(self, modules: Modules) -> Modules:
+        """The networks as this process runs its share of them."""
+        return modules
 
     def dealt(self, evaluate: Evaluate) -> Evaluate:
         """An evaluation of pictures from several sides, of which every process computes its share.
@@ -105,8 +110,9 @@ ALONE = Team()
 class Several(Team):
     """A team of more than one, with a group of torch.distributed that ends with the run."""
 
-    def __init__(self, rank: int, size: int, group: Any, device: torch.device) -> None:
-        self.rank, self.size, self._group, self._device = rank, size, group, device
+    def __init__(self, rank: int, size: int, group: Any, device: torch.device, shared: Any = None) -> None:
+        """shared: how the processes share tokens, where they do that; see `latentgen.models.context`."""
+        self.rank, self.size, self._group, self._device, self._tokens = rank, size, group, device, shared
 
     def shared(self, compute: Callable[[Sequence[int]], Sequence[Tensor]], count: int, like: Tensor) -> list[Tensor]:
         """See `Team.shared`. The parts are those of one row of numbers, cut as evenly as can be."""
@@ -116,6 +122,29 @@ class Several(Team):
         for at, made in enumerate(compute(own) if own else ()):
             part[at] = made
         return [tensor for told in self._told(part) for tensor in told][:count]
+
+    def dealt(self, evaluate: Evaluate) -> Evaluate:
+        """See `Team.dealt`. Where tokens are shared, all processes evaluate together, and each first makes sure that the others are there."""
+        if self._tokens is None:
+            return super().dealt(evaluate)
+
+        def together(x: Tensor, level: Any, sides: Sequence[Any], together: bool, first: int = 0) -> tuple[Tensor, ...]:
+            self._told(x.new_zeros(1))
+            try:
+                return evaluate(x, level, sides, together, first)
+            except AssertionError as error:  # diffusers', in all processes alike
+                raise RequestError(f"the tokens of the words or the picture cannot be parted evenly among {self.size} processes on this device: "
+                                   "use another number of them, another size, or parallel='cfg'") from error
+
+        return together
+
+    def networks(self, modules: Modules) -> Modules:
+        """See `Team.networks`."""
+        if self._tokens is None:
+            return modules
+        from latentgen.models.context import parted
+
+        return {name: parted(net, self._tokens) for name, net in modules.items()}
 
     def agree(self, said: Mapping[str, Any]) -> None:
         """Whether all processes were given the same; `said` is plain data.
@@ -167,7 +196,11 @@ class Group:
 
         self.parallel = Parallel(way, dist.get_world_size())
         self._rank, self._device = dist.get_rank(), device
-        self._runs, self._under_way = 0, threading.Lock()
+        self._runs, self._under_way, self._tokens = 0, threading.Lock(), None
+        if way == "context":
+            from latentgen.models.context import context
+
+            self._tokens = context(self._rank, self.parallel.processes, device)
         with self.team() as team:
             self._drawn = team.each(secrets.randbits(62))[0]
 
@@ -193,7 +226,7 @@ class Group:
             self._runs += 1
             with _lost():
                 group = dist.new_group(timeout=TIMEOUT, backend="nccl" if self._device.type == "cuda" else "gloo")
-            team, done = Several(self._rank, self.parallel.processes, group, self._device), False
+            team, done = Several(self._rank, self.parallel.processes, group, self._device, self._tokens), False
             del group  # or it would outlive its end, and the others wait for it
             try:
                 yield team
@@ -223,7 +256,7 @@ def join_group(way: str, device: torch.device) -> Group:
         RequestError: an unknown way, no group or one process, or a device of which none can be made. ParallelError: the others did not join.
     """
     if way not in WAYS:
-        raise RequestError(f"parallel is {way!r}: expected 'cfg' (the evaluations of each step are dealt out)")
+        raise RequestError(f"parallel is {way!r}: expected {' or '.join(f'{name!r} ({what})' for name, what in WAYS.items())}")
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():

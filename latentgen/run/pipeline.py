@@ -22,6 +22,7 @@ from latentgen.diffusion.sample import Step
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
 from latentgen.models.quantise import WAYS
+from latentgen.models.context import check_context
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.budget import fitted, memory_bytes
@@ -73,7 +74,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
             same kind. For residency "resident" and "stage".
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         memory: "8GB", a number of bytes, or "auto" for what is free: every plan is made to fit it, see `Pipeline.plan`.
-        parallel: "cfg" where several processes, each of which loads the model so, make every picture together (docs/parallel.md).
+        parallel: "cfg" or "context" where several processes, each of which loads the model so, make every picture together: they share the
+            evaluations of a step, or the tokens of each (docs/parallel.md).
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
@@ -95,6 +97,10 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     group = None if parallel is None else join_group(parallel, place)
     made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, speed=COMPILED if compile else speed,
                     quantise=quantise, progress=progress, memory=memory, group=group)
+    if parallel == "context":
+        if made._machine.speed != "plain" or residency in STREAMING:
+            raise RequestError("parallel is 'context', which parts networks as they are: pass speed='plain' and residency='resident' or 'stage'")
+        check_context(made._outline, group.parallel.processes)
     return made.tuned() if tuned else made
 
 

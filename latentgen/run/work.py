@@ -248,7 +248,7 @@ class Work:
 
     def network(self, modules: Modules, asked: Asked) -> Estimate:
         """One evaluation of these networks, which is heard."""
-        return network(replace(self.family, predict=self.heard(self.family.predict)), modules, asked)
+        return network(replace(self.family, predict=self.heard(self.family.predict)), self.team.networks(modules), asked)
 
     def check_finite(self, watch: Watch, done: int) -> None:
         """DenoiserError where a step of this pass, before which `done` were made, gave NaN or infinity."""
