@@ -26,7 +26,9 @@ from latentgen.cli import app
 from latentgen.cli.meter import Meter
 from latentgen.diffusion import SAMPLERS
 from latentgen.errors import OutputError, RequestError
-from latentgen.run.state import KEY, read_state
+from latentgen.diffusion.level import Level
+from latentgen.diffusion.sample import Step
+from latentgen.run.state import KEY, Keeper, State, checked_path, read_state
 
 each = pytest.mark.parametrize
 
@@ -472,3 +474,22 @@ def test_the_commands(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
                              ((*said, "--save-state", "a.png"), 2, "choose another name"), ((*said, "--save-every", "2"), 2, "without save_state")):
         done = command(*words)
         assert done.exit_code == code and why in done.stderr and done.stderr.strip().count("\n") <= 1, done.output
+
+
+def test_a_run_that_stops_while_all_steps_are_run_once_more_is_not_finished(tmp_path):
+    """Two steps in half precision, then both again: stopped after the third it is kept as three of four, and not written over."""
+    x = torch.zeros(1, 4, 2, 2)
+    keeper = Keeper(State({}, total=2, every=1, path=tmp_path / "run.state"), dict)
+
+    def twice():
+        for index in (0, 1, 0, 1):
+            keeper.record.answers.append(x.clone())
+            keeper.record.asked.append(0)
+            yield Step(index, 2, Level(0.5, 0.5, 500.0), x, x)
+
+    run = keeper.steps(twice())
+    for _ in range(3):
+        next(run)
+    run.close()
+    with pytest.raises(RequestError, match="stopped after step 3 of 4"):
+        checked_path(tmp_path / "run.state")

@@ -149,7 +149,7 @@ class Keeper:
         self._state, self._recipe = state, recipe
         self.record = Record(state.answers, state.asked)
         self.done = state.steps
-        self._steps, self._saved = 0, len(state.answers)
+        self._steps, self._saved, self._total = 0, len(state.answers), state.total
 
     def steps(self, run: Generator[Step, None, Result]) -> Generator[Step, None, Result]:
         """The steps of a run, without those that were done before."""
@@ -160,21 +160,22 @@ class Keeper:
                 except StopIteration as done:
                     return done.value
                 self._steps += 1
+                self._total = self._steps + step.total - step.index - 1  # more than planned where all steps are run once more
                 if self._steps <= self._state.steps:
                     continue
                 if self._steps % self._state.every == 0 or step.index + 1 == step.total:
                     try:
-                        self.save(step.total)
+                        self.save()
                     except OutputError as error:  # a full disk is no reason to lose the run
                         self.record.note(f"the state after step {self._steps} was not saved: {error}")
                 yield step
         except BaseException:
             run.close()
             with suppress(OutputError):  # what stopped the run is what is told
-                self.save(self._state.total)
+                self.save()
             raise
 
-    def save(self, total: int) -> None:
+    def save(self) -> None:
         """Write the file, whole or not at all, where there is something new.
 
         Raises:
@@ -187,7 +188,7 @@ class Keeper:
         for name, given in ((name, given) for name, given in state.pictures.items() if name != "classifier"):
             for n, one in enumerate(given if isinstance(given, list) else [given]):
                 tensors[f"{name}.{n:06}"] = torch.from_numpy(np.array(one)) if isinstance(one, Image.Image) else one.detach().cpu().contiguous()
-        data = {"format": FORMAT, "recipe": dict(self._recipe()), "steps": max(self._steps, state.steps), "total": total,
+        data = {"format": FORMAT, "recipe": dict(self._recipe()), "steps": max(self._steps, state.steps), "total": self._total,
                 "every": state.every, "asked": record.asked}
         from safetensors.torch import save
 
