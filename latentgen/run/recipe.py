@@ -212,8 +212,9 @@ def _said(request: Request) -> dict[str, Any]:
     found = {}
     for name, field in Request.model_fields.items():
         value = getattr(request, name)
-        said = name in ALWAYS or (value != field.default and value != {})
-        if said and name not in (*PICTURES, *PLACES) and isinstance(value, (str, int, float, bool, tuple, list, dict)):
+        if name in (*PICTURES, *PLACES) or not isinstance(value, (str, int, float, bool, tuple, list, dict)):
+            continue
+        if name in ALWAYS or (value != field.default and value != {}):
             found[name] = list(value) if isinstance(value, tuple) else value
     return found
 
