@@ -403,3 +403,14 @@ def test_a_reference_without_a_picture(pipe):
 
 def test_words_given_twice(pipe):
     refused(lambda: pipe.plan("a cat", prompt="a dog"), "prompt is given twice")
+
+
+@each("said, cure", [("tilling", "did you mean 'seamless'"), ("s_churn", "sampler_options={'s_churn': ...}"), ("torch_dtype", "pass it to latentgen.load(...)"),
+                     ("prompt_embeds", "pass prompt and negative_prompt"), ("output_type", ".images and .latents")])
+def test_an_option_of_another_place_is_shown_its_place(untouched, said, cure):
+    refused(lambda: untouched.txt2img("a cat", **{said: 5}), f"'{said}' is not a known option", cure)
+
+
+def test_a_plan_takes_its_words_by_name_too(untouched):
+    assert str(untouched.plan(prompt="a cat", seed=1)) == str(untouched.plan("a cat", seed=1))
+    refused(lambda: untouched.plan(seed=1), "prompt is None: expected one string")

@@ -169,6 +169,11 @@ def test_help_has_an_example(command: tuple[str, ...]) -> None:
     assert done.exit_code == 0 and " ".join(("latentgen", *command)) in done.stdout.rpartition("Example" if command else "Start with")[2]
 
 
+@pytest.mark.parametrize("command, text", [("explain", "[flat:shaded:0.5]"), ("txt2img", "[from:to:0.4]"), ("interpolate", "latentgen[video]")])
+def test_square_brackets_in_help_are_text(command: str, text: str) -> None:
+    assert text in CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).stdout
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = ("import sys, latentgen.cli as c\n"
             "def heavy(): return [m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'tqdm', 'pydantic') if m in sys.modules]\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from latentgen.cli.together import joined
 from latentgen.errors import RequestError
@@ -24,7 +25,7 @@ MODELS_OWN = "Default: the model's own."
 
 
 def _option(panel: str, name: str, kind: Any, flags: str, text: str, *, default: Any = None, metavar: str | None = None) -> Parameter:
-    info = typer.Option(*flags.split(), help=text, rich_help_panel=panel, metavar=metavar, show_default=default is not None)
+    info = typer.Option(*flags.split(), help=escape(text), rich_help_panel=panel, metavar=metavar, show_default=default is not None)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 

@@ -33,7 +33,7 @@ EXAMPLES = {
     "inpaint": 'Example:  latentgen inpaint "a blue hat" cat.png --mask where.png',
     "outpaint": 'Example:  latentgen outpaint "a tree on a hill" tree.png --left 64 --right 64',
     "edit": 'Example:  latentgen edit "make it winter" park.png --model timbrooks/instruct-pix2pix',
-    "explain": 'Example:  latentgen explain "a (red:1.3) heart, [flat:shaded:0.5]" --steps 20',
+    "explain": 'Example:  latentgen explain "a (red:1.3) heart, \\[flat:shaded:0.5]" --steps 20',
     "plan": 'Example:  latentgen plan "a red heart" --steps 30 --batch 4',
 }
 Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", metavar="PROMPT", show_default=False)]

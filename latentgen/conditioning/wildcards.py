@@ -199,7 +199,7 @@ def read_styles(path: Path) -> dict[str, Style]:
     Raises:
         RequestError: no such file, no TOML, or something in it that is no style.
     """
-    what = f"the styles {path.name!r}"
+    what = f"the styles {path.name or str(path)!r}"
     if not path.is_file():
         raise RequestError(f"{what} are not there: give a TOML file with a table for each style")
     try:

@@ -66,7 +66,8 @@ def guidance_of(request: Request, family: Family, refuse: Callable[[str], None],
     if not made.pair and family.guidance != "image" and any((request.negative_prompt, request.negative_prompt_2, request.negative_prompt_3)):
         refuse(f"negative_prompt is given but {off}, or leave the negative prompt out")
     if not made.any and family.guidance != "image" and (request.guidance_rescale or request.guidance_interval not in (None, (0.0, 1.0))):
-        refuse(f"guidance_rescale or guidance_interval is given but {off}, or leave them out")
+        given = "guidance_rescale" if request.guidance_rescale else "guidance_interval"
+        refuse(f"{given} is given but {off}, or leave {given} out")
     if request.image_guidance_scale is not None and family.guidance != "image":
         refuse(f"image_guidance_scale is given but {family.name} here weighs no picture against the words: leave it out")
     for name in OPTIONS:

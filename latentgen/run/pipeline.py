@@ -224,7 +224,7 @@ class Pipeline:
         found = state if isinstance(state, State) else read_state(state)
         return self._finished(self.stream(found, save_every=save_every, classifier=classifier), on_step)
 
-    def plan(self, request: Request | str, *, memory: str | int | None = None, **options: Any) -> Plan:
+    def plan(self, request: Request | str | None = None, *, memory: str | int | None = None, **options: Any) -> Plan:
         """Everything that would be done, decided without touching weights. Takes a `Request`, or a prompt with options.
 
         Args:
@@ -247,7 +247,7 @@ class Pipeline:
         made = planned(request, self.family, self.checkpoint.tokenizers, self._machine)
         return replace(made, foresee=partial(forecast, self.checkpoint, self.family))
 
-    def explain(self, request: Request | str, **options: Any) -> Explanation:
+    def explain(self, request: Request | str | None = None, **options: Any) -> Explanation:
         """What a prompt says to each encoder: tokens, chunks, weights, the schedule by step, what is not heard. Loads no weights; print it.
 
         Takes a `Request`, or a prompt with options, of which dialect, steps, prompt_2, prompt_3, styles and wildcards count, and the seed that these are
@@ -258,7 +258,8 @@ class Pipeline:
         """
         return explained(_as_request(request, options), self.family, self.checkpoint.tokenizers)
 
-    def stream(self, request: Request | str | Plan | State, *, save_state: str | Path | None = None, save_every: int | None = None, **options: Any) -> Run:
+    def stream(self, request: Request | str | Plan | State | None = None, *, save_state: str | Path | None = None, save_every: int | None = None,
+               **options: Any) -> Run:
         """The request step by step: iterate for `Step`s, then read `.result`. Leave the loop, or `.close()`, to stop within a step.
 
         Args:
@@ -276,7 +277,7 @@ class Pipeline:
         plan = self._planned(request, options)
         return self._started(plan, None if save_state is None else kept(self, plan, save_state, save_every))
 
-    def _planned(self, request: Request | str | Plan, options: dict[str, Any]) -> Plan:
+    def _planned(self, request: Request | str | Plan | None, options: dict[str, Any]) -> Plan:
         if not isinstance(request, Plan):
             return self.plan(request, **options)
         _alone("a finished plan", options)
@@ -371,7 +372,9 @@ def _alone(what: str, options: dict[str, Any]) -> None:
         raise RequestError(f"{what} was given with {', '.join(options)}: it takes no options, for all was said when it was planned")
 
 
-def _as_request(request: Request | str, options: dict[str, Any]) -> Request:
+def _as_request(request: Request | str | None, options: dict[str, Any]) -> Request:
+    if request is None and "prompt" in options:  # the words by their name, as in plan(prompt="a cat")
+        request = options.pop("prompt")
     if isinstance(request, Request):
         return request.replace(**options) if options else request
     if "on_step" in options:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from latentgen.conditioning.prompt import check_text, shown
 from latentgen.diffusion.guidance.table import spread
+from latentgen.diffusion.sample import SAMPLERS
 from latentgen.errors import RequestError
 
 SEED = "a whole number from 0 to 2**63 - 1, or a list of 1 to 64 of them"
@@ -68,6 +69,16 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend", "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
     "cache": "approximate", "cache_config": "approximate", "first_block_cache": "approximate", "teacache": "approximate", "taylorseer": "approximate",
     "deepcache": "approximate", "tome": "approximate", "tome_ratio": "approximate", "token_merging_ratio": "approximate",
+}
+
+_LOAD = "it is of the model, so pass it to latentgen.load(...)"
+_RUNS = "it belongs to the calls that make pictures of one request, and to `stream`, so leave it out here"
+_WORDS = "texts are encoded here, so pass prompt and negative_prompt"
+ELSEWHERE = dict.fromkeys(("device", "dtype", "torch_dtype", "quantise", "quantize", "tuned", "speed", "compile", "residency", "model", "checkpoint", "vae"), _LOAD) | {
+    "memory": "it is of latentgen.load(...) and pipe.plan(...), so pass it there",
+    "prompt_embeds": _WORDS, "negative_prompt_embeds": _WORDS, "pooled_prompt_embeds": _WORDS, "negative_pooled_prompt_embeds": _WORDS,
+    "output_type": "a result has .images and .latents both, so leave it out", "return_dict": "a result is always an object, so leave it out",
+    "save_state": _RUNS, "save_every": _RUNS, "fps": "it is of the film that is saved, so pass it to film.save(...)",
 }
 
 
@@ -323,8 +334,12 @@ def _sentence(error: ValidationError) -> str:
 def suggestion(name: str) -> str:
     """What an unknown option was probably meant to be."""
     meant = ALIASES.get(name.lower())
+    if meant is None and (place := ELSEWHERE.get(name.lower())):
+        return place
+    if meant is None and any(name.lower() in sampler.options for sampler in SAMPLERS.values()):
+        return f"it is of some samplers, so pass sampler_options={{{name.lower()!r}: ...}}"
     if meant is None:
-        near = difflib.get_close_matches(name.lower(), Request.model_fields, n=1, cutoff=0.6)
-        meant = near[0] if near else None
+        near = difflib.get_close_matches(name.lower(), [*Request.model_fields, *ALIASES], n=1, cutoff=0.7)
+        meant = ALIASES.get(near[0], near[0]) if near else None
     options = ", ".join(name for name in Request.model_fields if not name.startswith("negative_") or name == "negative_prompt")
     return f"did you mean {meant!r}?" if meant else f"the options are {options}, and negative_ forms of some: help(latentgen.Request) tells of each"

@@ -65,7 +65,8 @@ def _each(name: str, said: int | tuple[int, ...] | None, batch: int, *, counting
     """One seed of each picture, counted up from the one that was said or drawn."""
     if isinstance(said, tuple):
         if len(said) != batch:
-            raise RequestError(f"{name} holds {len(said)} seeds but {batch} pictures are asked for: give one for each picture, and leave batch out")
+            asked = "1 picture is" if batch == 1 else f"{batch} pictures are"
+            raise RequestError(f"{name} holds {len(said)} seeds but {asked} asked for: give one for each picture, and leave batch out")
         return said
     first = secrets.randbits(32) if said is None else said
     if counting and first + batch > 2**63:
