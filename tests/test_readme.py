@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+CARD = (ROOT / "weights" / "glyph" / "README.md").read_text("utf-8")  # tells how the shipped model is made again
 LONG = ("train", "eval", "bench")  # minutes to hours: only their options are checked
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +30,7 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_shell_lines_work(tmp_path: Path) -> None:
-    lines = [line for block in _blocks("bash") for line in block.splitlines() if line.startswith("latentgen ")]
+    lines = [line for block in [*_blocks("bash"), *_blocks("sh", CARD)] for line in block.splitlines() if line.startswith("latentgen ")]
     assert any(" txt2img " in line for line in lines) and any(" train " in line for line in lines)
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
