@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from latentgen.errors import RequestError
 from latentgen.run.approximating import decided_alone
 from latentgen.run.denoising import evaluated
 from latentgen.run.parallel import ALONE, Parallel, Several, Team, blocks, join_group, own_device
+from latentgen.run.tuned import Tuned
 
 HERE = Path(__file__).parent
 gloo = pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -232,6 +234,16 @@ def test_approximations_that_look_at_all_sides_are_refused() -> None:
     assert decided_alone({"first_block": {}, "token_merging": {}}, problems.append) == {"token_merging": {}}
     assert len(problems) == 1 and problems[0].startswith("first_block is given but looks at all sides")
     assert Parallel("cfg", 2).idle(2) == [] and len(Parallel("cfg", 4).idle(2)) == 1
+
+
+def test_what_a_pipeline_is_tuned_to_is_no_reason_to_refuse(tiny_folder: Path) -> None:
+    """Nobody asked for it in this request: left alone with a note; asked for, it is refused."""
+    pipe = latentgen.load(tiny_folder, device="cpu", dtype="float32", progress=False)
+    pipe._machine = replace(pipe._machine, parallel=Parallel("context", 2), tuned=Tuned({"token_merging": {}}, 0.9, 1.2))
+    plan = pipe.plan("a cat", steps=2)
+    assert plan.approximate == {} and any(note.startswith("tuned, but left alone: token_merging") for note in plan.notes)
+    with pytest.raises(RequestError, match="token_merging is given but looks at all tokens"):
+        pipe.plan("a cat", steps=2, approximate="token_merging")
 
 
 def test_without_a_group_it_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,9 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     if machine.parallel is not None:
         if machine.parallel.way == "context" and (weak := [name for name, options in guiders.items() if "layers" in options]):
             raise RequestError(f"{weak[0]} is given but changes attention, whose tokens the processes share: leave it or parallel out")
-        approximate = decided_alone(approximate, refuse, way=machine.parallel.way)
+        tuned = request.approximate is None  # what was not asked for is no reason to refuse a request
+        approximate = decided_alone(approximate, (lambda problem: notes.append(f"tuned, but left alone: {problem}")) if tuned else refuse,
+                                    way=machine.parallel.way)
         notes += machine.parallel.idle(request.batch * (sides if guided else prompt.composed))
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale

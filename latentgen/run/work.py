@@ -103,7 +103,8 @@ class Work:
                 raise
             note = f"all steps were run once more with the denoiser in float32: {error}"
         self.savings.clear()
-        return (yield from replace(self, precision=torch.float32, plan=replace(self.plan, notes=(*self.plan.notes, note))).steps())
+        plan = replace(self.plan, notes=tuple(dict.fromkeys((*self.notes, note))))
+        return (yield from replace(self, precision=torch.float32, plan=plan).steps())
 
     def steps(self) -> Generator[Step, None, Result]:
         """The one path of every task and pass; a new feature is a wrapper around the denoiser, not a branch here."""
