@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_folders import tiny
+from typer.testing import CliRunner
 
 import latentgen
+from latentgen.cli import app
 from latentgen.errors import RequestError
 from latentgen.models.approximate.table import APPROXIMATIONS
 from latentgen.run.recipe import read_recipe
@@ -102,12 +104,25 @@ def test_refused_by_name_where_there_are_no_such_blocks(load, kind, name):
 
 
 @pytest.mark.parametrize(("said", "problem"), [
-    ("deepcache", "did you mean 'deep_cache'"), ({"deep_cache": {"intervall": 3}}, "no such option"), ({"deep_cache": {"interval": 0}}, "from 1 to 20"),
+    ("deepcache", "did you mean 'deep_cache'"), ("tome", "did you mean 'token_merging'"), ("TeaCache", "did you mean 'tea_cache'"),
+    ("fbcache", "did you mean 'first_block'"), ("taylor_seer", "did you mean 'taylor'"), ("nonsense!", "there are first_block"), ({"deep_cache": {"intervall": 3}}, "no such option"), ({"deep_cache": {"interval": 0}}, "from 1 to 20"),
     ({"deep_cache": {"interval": 2.5}}, "a whole number"), ({"token_merging": {"ratio": 0.9}}, "from 0 to 0.75"), (3, "expected names of approximations"),
     ([], "expected names of approximations"), (["deep_cache", "deep_cache"], "expected names of approximations")])
 def test_what_cannot_be_is_refused_while_planning(pipe, said, problem):
     with pytest.raises(RequestError, match=problem):
         pipe.plan("a cat", approximate=said)
+
+
+def test_the_command_tells_of_one():
+    def run(*words):
+        return CliRunner().invoke(app, ("approximations", *words))
+
+    one = run("deep_cache").stdout
+    assert one.startswith("approximation         deep_cache\n") and "\nworks on              " in one and "interval" in one and "token_merging" not in one
+    assert json.loads(run("tea_cache", "--json").stdout) in json.loads(run("--json").stdout)
+    assert all(name in run().stdout for name in APPROXIMATIONS)
+    missing = run("tome")
+    assert (missing.exit_code, missing.stderr) == (2, "error: 'tome' is no approximation: did you mean 'token_merging'?\n")
 
 
 def test_two_for_the_same_work_are_refused(load):

@@ -245,7 +245,7 @@ def left_behind(folder):
 
 
 @each("name, words, kind", [
-    ("cat", "ends in '': expected .png", RequestError), ("cat.gif", ".gif", RequestError), ("cat.png.exe", ".exe", RequestError),
+    ("cat", "has no ending: expected .png", RequestError), ("cat.gif", ".gif", RequestError), ("cat.png.exe", ".exe", RequestError),
     ("", "expected .png", RequestError),
     ("missing/cat.png", "cannot be written", OutputError), ("file/cat.png", "cannot be written", OutputError),
     ("folder.png", "cannot be written", OutputError),

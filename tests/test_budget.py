@@ -82,7 +82,7 @@ def test_memory_is_asked_for_late(full: Any) -> None:
     assert "TFLOP" in plan.memory.time
 
 
-@pytest.mark.parametrize("said, expected", [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("800mb", 8e8), (12345, 12345), ("4096", 4096)])
+@pytest.mark.parametrize("said, expected", [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("800mb", 8e8), (12345678, 12345678), ("4096000", 4096000), ("4KB", 4000), ("64 B", 64)])
 def test_sizes(said: Any, expected: float) -> None:
     assert memory_bytes(said, torch.device("cpu")) == expected
 
@@ -90,6 +90,12 @@ def test_sizes(said: Any, expected: float) -> None:
 @pytest.mark.parametrize("said", ["", "much", "8 apples", 0, -1, True, 2.5, "0GB"])
 def test_what_is_no_size(said: Any, small: Any) -> None:
     with pytest.raises(RequestError, match="memory is .* expected a size as '8GB'"):
+        small.plan("a cat", memory=said)
+
+
+@pytest.mark.parametrize("said", [8, "8", " 8.0 "])
+def test_a_number_without_its_unit(said: Any, small: Any) -> None:
+    with pytest.raises(RequestError, match="memory is 8 bytes, in which no model has room: say the unit, as '8GB'$"):
         small.plan("a cat", memory=said)
 
 

@@ -131,6 +131,9 @@ def test_other_programs_read_the_axes(pipe) -> None:  # noqa: ANN001
 
 def test_labels() -> None:
     assert [label("prompt", "a cat"), label("eta", 0.5), label("steps", 4)] == ["a cat", "eta 0.5", "steps 4"]
+    assert [label("guiders", said) for said in (None, "apg", {"apg": {"eta": 0.5}}, {"apg": {}, "pag": {"scale": 3.0, "layers": ["mid"]}}, ["apg", "pag"])] == [
+        "guiders none", "guiders apg", "guiders apg eta 0.5", "guiders apg, pag scale 3 layers mid", "guiders apg, pag"]
+    assert label("original_size", (64, 32)) == "original_size 64, 32" and label("prompt", "") == ""
 
 
 def test_command(tiny_folder: Path, tmp_path: Path) -> None:

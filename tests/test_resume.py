@@ -367,7 +367,7 @@ def test_what_may_change_the_last_bits_is_noted(pipe, state: Path) -> None:
 def test_what_a_state_may_not_be_written_over(pipe, state: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("dear diary")
     for name, words in (("run.state", "stopped after step 2 of 5: go on with it by resume, remove the file"), ("notes.txt", "holds no run: choose another"),
-                        (".", "choose another")):
+                        (".", "which is a folder: name a file in it")):
         with pytest.raises(RequestError, match=words):
             pipe.txt2img("a cat", **SAID, save_state=tmp_path / name)
     assert (tmp_path / "notes.txt").read_text() == "dear diary"

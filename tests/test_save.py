@@ -103,3 +103,8 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="cannot be written"):
             save_image(gradient(), path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder.png"] and not list((tmp_path / "folder.png").iterdir())
+
+
+def test_a_picture_that_is_not_there_is_told_in_words() -> None:
+    with pytest.raises(ImageError, match=r"^the picture 'no.png' cannot be read \(No such file or directory\): check the path, or save it again$"):
+        read_metadata("no.png")

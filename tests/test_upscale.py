@@ -139,6 +139,7 @@ def test_how_many_steps_it_makes(pipe, options, run, of):
     second = plan.passes[1]
     assert (second.steps, second.asked_steps, second.first_step, plan.steps) == (run, of, of - run + 1, 20 + run)
     assert second.levels == pipe.plan("a cat", steps=of).levels[-(run + 1):]
+    assert ("upscale_strength 0.01 of 20 steps is less than one step: one is run" in plan.notes) == (options.get("upscale_strength") == 0.01)
 
 
 @pytest.mark.parametrize(("said", "size", "noted"), [({"upscale": 2}, (96, 128), False), ({"upscale": 1.5}, (72, 96), False),

@@ -48,6 +48,20 @@ def test_each_of_them_replays(pipe, made: Path, tmp_path: Path) -> None:
     assert again.seeds == (7,) and any("is a variation itself: these are variations of what seed 7 makes" in note for note in again.notes)
 
 
+def test_how_far_is_said_by_amount_alone(pipe, made: Path) -> None:
+    with pytest.raises(RequestError, match="variation_strength is given beside amount: say with amount alone"):
+        pipe.variations(made, variation_strength=0.2)
+
+
+def test_of_a_result_in_memory(pipe, made: Path) -> None:
+    one = pipe.txt2img("a (cat:1.2)", **SAID, width=48)
+    same(pipe.variations(one, count=2, variation_seed=5), pipe.variations(made, count=2, variation_seed=5))
+    same(pipe.variations(pipe.txt2img("a cat", **SAID | {"seed": 3}, batch=1), count=1, variation_seed=5),
+         pipe.txt2img("a cat", **SAID | {"seed": 3}, variation_strength=0.2, variation_seed=5))
+    with pytest.raises(RequestError, match=r"the result has 2 pictures: save them and give one of the files"):
+        pipe.variations(pipe.txt2img("a cat", **SAID, batch=2))
+
+
 def test_whatever_is_said_beside_is_different(pipe, made: Path) -> None:
     result = pipe.variations(made, count=1, prompt="a dog", steps=2)
     assert result.plan.request.prompt == "a dog" and result.plan.steps == 2 and result.plan.sampler == "euler_ancestral"

@@ -11,18 +11,27 @@ import typer
 
 EXAMPLES = {"approximations": 'Example:  latentgen txt2img "a red heart" --approximate deep_cache:interval=3',
             "tune": 'Example:  latentgen tune glyph --quality 0.95, and then  latentgen txt2img "a red heart" --tuned'}
+Name = Annotated[str | None, typer.Argument(help="An approximation. Default: list all.", metavar="NAME", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts: all of it.")]
 
 
-def approximations(as_json: AsJson = False) -> None:
-    """List what a run may leave out for speed, with options and papers. Nothing of it is ever done without being asked for."""
-    from latentgen.models.approximate.table import APPROXIMATIONS, KINDS
+def approximations(name: Name = None, as_json: AsJson = False) -> None:
+    """List what a run may leave out for speed, with options and papers, or tell all about one. None is ever used without being asked for."""
+    from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, approximation
 
-    rows = [{"approximation": name, "about": info.about, "works_on": KINDS[info.kind], "paper": info.paper,
-             "options": {key: {"default": info.defaults[key], "takes": option.takes, "about": option.about} for key, option in info.options.items()}}
-            for name, info in APPROXIMATIONS.items()]
+    if name is not None:
+        approximation(name)  # raises, with the nearest
+    rows = [{"approximation": key, "about": info.about, "works_on": KINDS[info.kind], "paper": info.paper,
+             "options": {each: {"default": info.defaults[each], "takes": option.takes, "about": option.about} for each, option in info.options.items()}}
+            for key, info in APPROXIMATIONS.items() if name in (None, key)]
     if as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+        typer.echo(json.dumps(rows if name is None else rows[0], ensure_ascii=False, indent=1))
+        return
+    if name is not None:
+        (row,) = rows
+        typer.echo("\n".join(f"{key.replace('_', ' '):<21} {row[key]}" for key in ("approximation", "about", "works_on", "paper")))
+        for key, said in row["options"].items():
+            typer.echo(f"  {key:<19} {said['takes']}, {said['default']} unless given: {said['about']}")
         return
     from latentgen.cli.reports import _table
 

@@ -215,11 +215,11 @@ def check_output(output: Path | None, quality: int | None, *, strict: bool) -> i
     Raises:
         RequestError: a suffix or quality that cannot be honoured. OutputError: a folder that is missing or cannot be written.
     """
-    from latentgen.pixels.save import SUFFIXES
+    from latentgen.pixels.save import SUFFIXES, ending
 
     into_folder = output is None or os.path.isdir(output)
     if not into_folder and output.suffix.lower() not in SUFFIXES:
-        raise RequestError(f"the file name {output.name!r} ends in {output.suffix!r}: expected .png, .jpg (.jpeg) or .webp, or a folder that exists")
+        raise RequestError(f"the file name {output.name!r} {ending(output)}: expected .png, .jpg (.jpeg) or .webp, or a folder that exists")
     if quality is not None and not 1 <= quality <= 100:
         raise RequestError(f"quality is {quality}: expected a whole number from 1 to 100")
     if quality is not None and strict and (into_folder or output.suffix.lower() == ".png"):

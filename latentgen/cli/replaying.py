@@ -130,10 +130,10 @@ def resume(state: Kept, save_every: Every = None, *, quality: int | None, **said
 
 def _check_output(output: Path | None) -> None:
     """Find before anything runs what would be found when it is saved."""
-    from latentgen.pixels.save import SUFFIXES
+    from latentgen.pixels.save import SUFFIXES, ending
 
     if output is not None and output.suffix.lower() not in SUFFIXES:
-        raise RequestError(f"the file name {output.name!r} ends in {output.suffix!r}: expected .png, .jpg (.jpeg) or .webp")
+        raise RequestError(f"the file name {output.name!r} {ending(output)}: expected .png, .jpg (.jpeg) or .webp")
     if output is not None and not output.parent.is_dir():
         raise OutputError(f"the folder {str(output.parent)!r} does not exist: make it first, or choose another")
 

@@ -20,7 +20,7 @@ from PIL import GifImagePlugin, Image, PngImagePlugin
 
 from latentgen.errors import OutputError, RequestError
 from latentgen.pixels.image import extended
-from latentgen.pixels.save import checked_metadata, exif_bytes, whole_file
+from latentgen.pixels.save import checked_metadata, ending, exif_bytes, whole_file
 
 WEBP_QUALITY = 90
 CRF = "16"  # of H.264: 0 exact, 23 what its encoder takes by itself
@@ -42,7 +42,7 @@ def check_film(path: str | Path, fps: float) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
-        raise RequestError(f"the file name {path.name!r} ends in {path.suffix!r}: expected .gif, .webp, .png (animated) or .mp4")
+        raise RequestError(f"the file name {path.name!r} {ending(path)}: expected .gif, .webp, .png (animated) or .mp4")
     if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0.1 <= fps <= 100:
         raise RequestError(f"fps is {fps!r}: expected a number from 0.1 to 100 frames a second")
     if path.suffix.lower() == ".mp4":

@@ -52,11 +52,16 @@ def save_image(image: Image.Image, path: str | Path, *, metadata: Mapping[str, s
     path = Path(path)
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise RequestError(f"the file name {path.name!r} ends in {path.suffix!r}: expected .png, .jpg (.jpeg) or .webp")
+        raise RequestError(f"the file name {path.name!r} {ending(path)}: expected .png, .jpg (.jpeg) or .webp")
     if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
         raise RequestError(f"quality is {quality!r}: expected a whole number from 1 to 100")
     write_whole(path, _encoded(image, kind, checked_metadata(metadata or {}), quality))
     return path
+
+
+def ending(path: Path) -> str:
+    """What is said of a file name whose ending is none that was expected."""
+    return f"ends in {path.suffix!r}" if path.suffix else "has no ending"
 
 
 def read_metadata(source: Image.Image | str | Path | bytes) -> dict[str, str]:
@@ -81,7 +86,8 @@ def read_metadata(source: Image.Image | str | Path | bytes) -> dict[str, str]:
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise ImageError(f"{named} cannot be read ({error}): check the path, or save it again") from error
+        why = getattr(error, "strerror", None) or error
+        raise ImageError(f"{named} cannot be read ({why}): check the path, or save it again") from error
     return {key: value for key, value in found.items() if len(value) <= MAX_TEXT}
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LEAST = UNITS["MB"]  # a bare number below it is one without its unit
 MARGIN = 1.03  # how much more than predicted is kept free
 
 
@@ -26,7 +27,7 @@ def memory_bytes(said: str | int, device: torch.device) -> int:
     """Bytes that were named: "8GB", "7.5 GiB", a number of bytes, or "auto" for what is free on the device.
 
     Raises:
-        RequestError: none of these.
+        RequestError: none of these, or a bare number so small that its unit was forgotten.
     """
     if said == "auto":
         return free_bytes(device)
@@ -34,6 +35,8 @@ def memory_bytes(said: str | int, device: torch.device) -> int:
     number = said if isinstance(said, int) and not isinstance(said, bool) else None if found is None else int(float(found[1]) * UNITS[(found[2] or "").upper()])
     if number is None or number <= 0:
         raise RequestError(f"memory is {said!r:.60}: expected a size as '8GB' or '7.5GiB', a number of bytes, or 'auto' for what is free")
+    if number < LEAST and (found is None or not found[2]):
+        raise RequestError(f"memory is {number} bytes, in which no model has room: say the unit, as '{number if number < 1000 else 8}GB'")
     return number
 
 

@@ -175,8 +175,22 @@ def plan_grid(pipe: Pipeline, request: Request, *, x: Axis, y: Axis | None = Non
 
 def label(name: str, value: Any) -> str:
     """What stands beside a row or above a column."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = _words(value)
     return text if name in ALWAYS and isinstance(value, str) else f"{name} {text}"
+
+
+def _words(value: Any) -> str:
+    """A value as one reads it: {"apg": {"eta": 0.5}} is "apg eta 0.5"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_options(said)}".rstrip() for name, said in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _options(said: Any) -> str:
+    """What one entry of a table says: of a table within it, its names and values."""
+    return " ".join(f"{name} {_words(value)}" for name, value in said.items()) if isinstance(said, Mapping) else _words(said)
 
 
 def _axis(where: str, said: Any, request: Request) -> tuple[str, tuple[Any, ...]]:

@@ -167,6 +167,8 @@ def second_pass(request: Request, family: Family, first: Pass, *, count: Callabl
     whole = request.steps or family.defaults.steps
     steps = request.upscale_steps or upscale_steps(whole, strength)
     whole = whole if request.upscale_steps is None else max(steps, int(steps / strength + 1e-9))  # A1111's count
+    if request.upscale_steps is None and whole * strength < 1:
+        notes.append(f"upscale_strength {strength:g} of {whole} steps is less than one step: one is run")
     spec, source = family.latent, None
     full = path_of(request, family, (min(width, grid.tile * spec.factor), min(height, grid.tile * spec.factor)), whole)
     levels = full[-(steps + 1):]

@@ -71,6 +71,9 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "deepcache": "approximate", "tome": "approximate", "tome_ratio": "approximate", "token_merging_ratio": "approximate",
 }
 
+_NOT_YET = ("lora", "loras", "lora_weights", "lora_scale", "lora_path", "controlnet", "control_net", "controlnet_conditioning_scale", "ip_adapter",
+            "ip_adapter_image", "ip_adapter_image_embeds", "ip_adapter_scale", "freeu", "embeddings", "embedding", "textual_inversion",
+            "hypernetwork", "hypernetworks", "t2i_adapter")
 _LOAD = "it is of the model, so pass it to latentgen.load(...)"
 _RUNS = "it belongs to the calls that make pictures of one request, and to `stream`, so leave it out here"
 _WORDS = "texts are encoded here, so pass prompt and negative_prompt"
@@ -78,6 +81,7 @@ ELSEWHERE = dict.fromkeys(("device", "dtype", "torch_dtype", "quantise", "quanti
     "memory": "it is of latentgen.load(...) and pipe.plan(...), so pass it there",
     "prompt_embeds": _WORDS, "negative_prompt_embeds": _WORDS, "pooled_prompt_embeds": _WORDS, "negative_pooled_prompt_embeds": _WORDS,
     "output_type": "a result has .images and .latents both, so leave it out", "return_dict": "a result is always an object, so leave it out",
+    **dict.fromkeys(_NOT_YET, "latentgen does not have it yet, so leave it out"),
     "save_state": _RUNS, "save_every": _RUNS, "fps": "it is of the film that is saved, so pass it to film.save(...)",
 }
 

@@ -222,6 +222,8 @@ def checked_path(path: str | Path) -> Path:
     if not isinstance(path, (str, Path)) or not str(path):
         raise RequestError(f"save_state is {path!r:.60}: expected the name of a file")
     path = Path(path)
+    if path.is_dir():
+        raise RequestError(f"save_state is {(path.name or str(path))!r:.60}, which is a folder: name a file in it")
     if os.path.lexists(path):
         old = _header(path) if path.is_file() else None
         if old is None:

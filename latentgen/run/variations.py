@@ -15,6 +15,7 @@ from PIL import Image
 from latentgen.errors import ImageError, RequestError
 from latentgen.run.recipe import Foreign, Recipe, make_recipe, read_recipe
 from latentgen.run.request import Request
+from latentgen.run.result import Result
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
@@ -30,7 +31,7 @@ def plan_variations(pipe: Pipeline, made: Any, /, *, count: int = COUNT, amount:
     redrawn at the strength `amount`, with or without words.
 
     Args:
-        made: a picture's file, its bytes, an image or array; or a recipe. What needs a picture that no file holds is given it by name, as image=.
+        made: a picture's file, its bytes, an image or array; or a result of one picture, or a recipe. What needs a picture that no file holds is given it by name, as image=.
         count: how many, 1 to 64.
         amount: above 0, the same, to 1, another picture.
         options: whatever is to be different: fields of `Request`.
@@ -45,7 +46,13 @@ def plan_variations(pipe: Pipeline, made: Any, /, *, count: int = COUNT, amount:
         raise RequestError(f"amount is {amount!r}: expected a number above 0 and up to 1")
     if "batch" in options:
         raise RequestError("batch is given beside count: say with count alone how many variations there are to be")
+    if isinstance(made, Result):
+        if len(made) > 1:
+            raise RequestError(f"the result has {len(made)} pictures: save them and give one of the files")
+        made = Recipe(made.recipe)
     recipe = made if isinstance(made, (Recipe, Foreign)) else found_in(made)
+    if recipe is not None and "variation_strength" in options:
+        raise RequestError("variation_strength is given beside amount: say with amount alone how far they are to be from the picture")
     if recipe is None or (isinstance(recipe, Foreign) and "seed" not in recipe.fields):
         why = "the picture says nothing of how it was made" if recipe is None else f"{recipe.tool} does not tell the picture's seed"
         if isinstance(made, Foreign):

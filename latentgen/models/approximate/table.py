@@ -104,6 +104,11 @@ APPROXIMATIONS: dict[str, Approximation] = {
                                                "deepest": Option("merge where the grid is at most so much smaller than the "
                                                                  "largest that has attention", 1, 8, whole=True)}),
 }
+ELSEWHERE = {  # what other programs call them, "-" and "_" left out
+    "tome": "token_merging", "tomesd": "token_merging", "tomeratio": "token_merging", "tokenmergingratio": "token_merging",
+    "teacache": "tea_cache", "fbcache": "first_block", "fbc": "first_block", "firstblockcache": "first_block", "wavespeed": "first_block",
+    "paracache": "first_block", "deepcache": "deep_cache", "taylorseer": "taylor", "taylorseercache": "taylor",
+}
 Chosen = Mapping[str, Mapping[str, Any]]
 
 
@@ -119,7 +124,8 @@ def approximation(name: str) -> Approximation:
         RequestError: there is none.
     """
     if name not in APPROXIMATIONS:
-        near = difflib.get_close_matches(name, APPROXIMATIONS, 1, cutoff=0.5)
+        meant = ELSEWHERE.get(name.lower().replace("-", "").replace("_", "").replace(" ", ""))
+        near = [meant] if meant else difflib.get_close_matches(name, APPROXIMATIONS, 1, cutoff=0.5)
         raise RequestError(f"{name!r:.60} is no approximation: " + (f"did you mean {near[0]!r}?" if near
                                                                     else f"there are {', '.join(APPROXIMATIONS)}"))
     return APPROXIMATIONS[name]
