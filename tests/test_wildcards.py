@@ -54,6 +54,20 @@ def test_what_is_no_wildcard_is_text(text: str) -> None:
     assert expand(text, seed=1) == Expansion(text)
 
 
+@pytest.mark.parametrize("text, odd, cure, among", [
+    ("{2$$a|b|c}", "2$$", "one option is drawn, never several", "2$$a"), ("{1-2$$a|b}", "1-2$$", "one option is drawn, never several", "1-2$$a"),
+    ("{-1::a|b}", "-1::", "a weight is a number of 0 or more", "-1::a"), ("{b| x::a}", "x::", "a weight is a number of 0 or more", "x::a")])
+def test_what_is_malformed_is_text_and_says_so(text: str, odd: str, cure: str, among: str) -> None:
+    assert among in drawn(text, count=60)
+    (note,) = expand(text, seed=0).notes
+    assert note == f"prompt: {odd!r} in {text.replace('| ', '|')} is read as text: {cure}"
+
+
+@pytest.mark.parametrize("text", ["{2::a|b}", "{[a::0.4]|b}", "{a :: b|c}", "{$5|b}", "{(x::1)|b}"])
+def test_what_is_not_malformed_has_no_note(text: str) -> None:
+    assert expand(text, seed=0).notes == ()
+
+
 def test_braces_that_are_meant() -> None:
     assert expand(r"\{a|b\} {x\}|y\}}", seed=3).text in (r"{a|b} x}", "{a|b} y}")
     assert expand(r"\(a\)", seed=0).text == r"\(a\)"  # another's escapes

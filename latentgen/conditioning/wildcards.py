@@ -29,6 +29,7 @@ MARKS = ("{", "__")  # without one of them a text has no wildcard
 MAX_DEPTH = 16  # of files that name files
 _TOKENS = re.compile(r"\\.|__(?:[^\W_]|[./-]|_(?!_)){1,100}+__|[{}|]|[^\\{}|_]++|_++|\\", re.DOTALL)
 _WEIGHT = re.compile(r"\s*+([0-9]++(?:\.[0-9]++)?)::")
+_OTHER = re.compile(r"([0-9]{0,4}+(?:-[0-9]{0,4}+)?\$\$|[^\s:()<>\[\]]{1,20}+::)")  # how another program counts options, or no weight
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ class _Draw:
         """The range of tokens of the option drawn."""
         if not sum(group.weights):
             raise RequestError(f"{self.name} has a wildcard whose options all have weight 0: give one of them more")
+        whole = "".join(tokens[group.marks[0]:group.marks[-1] + 1])
+        for odd in filter(None, (_OTHER.match(tokens[first]) for first, last in group.options if first < last)):
+            cure = "one option is drawn, never several" if odd[1].endswith("$$") else "a weight is a number of 0 or more"
+            self.notes.append(f"{self.name}: {odd[1]!r} in {whole:.60} is read as text: {cure}")
         first, last = group.options[self._pick(group.weights)]
-        self._count("".join(tokens[group.marks[0]:group.marks[-1] + 1]), "".join(tokens[first:last]))
+        self._count(whole, "".join(tokens[first:last]))
         return first, last
 
     def _line(self, token: str, depth: int) -> str | None:
