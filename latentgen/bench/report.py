@@ -84,6 +84,7 @@ def _plot(whole: Mapping[str, Any], path: Path) -> bool:
     axes.barh([name for name, _ in bars], [ratio for _, ratio in bars], color="tab:blue")
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
+    axes.margins(x=0.12)
     axes.set_xlabel("time of a call, this engine = 1")
     for n, (_, ratio) in enumerate(bars):
         axes.text(ratio, n, f" {ratio:.2f}", va="center")
