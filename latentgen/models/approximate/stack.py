@@ -124,27 +124,10 @@ def _streams(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
     return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]), kwargs.get("encoder_hidden_states")
 
 
-@dataclass
-class Steady:
-    """First-block cache: where the first block changes its input nearly as it did when all blocks last ran, the others are taken to do so, too.
+class _Last:
+    """Of rules that tell again what the blocks changed when they last ran."""
 
-    Attributes:
-        threshold: mean absolute difference of the two changes, over the mean size of the older one, under which the rest is left out.
-    """
-
-    threshold: float
-    keeps_first = True
-    seen: Tensor | None = None
     change: Tensor | None = None
-
-    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return False
-
-    def after(self, change: Tensor) -> bool:
-        if self.change is not None and self.seen is not None and distance(change, self.seen) < self.threshold:
-            return True
-        self.seen = change
-        return False
 
     def learn(self, change: Tensor) -> None:
         self.change = change
@@ -155,7 +138,29 @@ class Steady:
 
 
 @dataclass
-class Drifting:
+class Steady(_Last):
+    """First-block cache: where the first block changes its input nearly as it did when all blocks last ran, the others are taken to do so, too.
+
+    Attributes:
+        threshold: mean absolute difference of the two changes, over the mean size of the older one, under which the rest is left out.
+    """
+
+    threshold: float
+    keeps_first = True
+    seen: Tensor | None = None
+
+    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return False
+
+    def after(self, change: Tensor) -> bool:
+        if self.change is not None and self.seen is not None and distance(change, self.seen) < self.threshold:
+            return True
+        self.seen = change
+        return False
+
+
+@dataclass
+class Drifting(_Last):
     """Like TeaCache (Liu et al. 2024): the stack is left out until what the first block's attention reads has drifted far enough, step by step.
 
     Attributes:
@@ -166,7 +171,6 @@ class Drifting:
     keeps_first = False
     seen: Tensor | None = None
     drift: float = 0.0
-    change: Tensor | None = None
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         read = read_by_attention(block, args, kwargs)
@@ -179,13 +183,6 @@ class Drifting:
 
     def after(self, change: Tensor) -> bool:
         return False
-
-    def learn(self, change: Tensor) -> None:
-        self.change = change
-
-    def tell(self) -> Tensor:
-        assert self.change is not None
-        return self.change
 
 
 @dataclass
