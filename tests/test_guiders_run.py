@@ -121,6 +121,7 @@ def test_threads_with_and_without_guiders(pipe):
     ({"guiders": "agp"}, "unknown guider 'agp'"), ({"guiders": ["apg", "apg"]}, "expected a guider's name"), ({"guiders": 3}, "expected a guider's name"),
     ({"guiders": {"apg": {"eta": 7}}}, "apg's eta is 7"), ({"guiders": "apg", "guidance_scale": 1.0}, "apg is given but guidance_scale is 1"),
     ({"guiders": "cfg_pp", "guidance_scale": 7.0}, "cfg_pp has a scale of its own, from 0 to 1: leave guidance_scale out"),
+    ({"guiders": "cfg_pp", "guidance_scale": 1.0}, "cfg_pp has a scale of its own, from 0 to 1: leave guidance_scale out"),
     ({"guiders": "perp_neg"}, "no negative prompt"), ({"guiders": {"cfg_zero": {"zero_steps": 2}}}, "does not run on a rectified flow"),
     ({"sampler": "euler_cfg_pp"}, "did you mean 'euler' with the guider 'cfg_pp'"),
     ({"guiders": {"pag": {"layers": "mid"}}}, "pag's layer is 'mid' .* choose among down_blocks.1, mid_block, up_blocks.0"),

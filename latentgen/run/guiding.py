@@ -50,7 +50,7 @@ def guidance_of(request: Request, family: Family, refuse: Callable[[str], None],
     guiders = filled(({} if request.classifier is None else {"classifier": {}}) | (request.guiders or {}))
     if "cfg_pp" in guiders:
         own = "guidance_scale" if family.guidance in ("cfg", "image") else "true_cfg_scale"
-        if getattr(request, own) not in (None, 1):
+        if getattr(request, own) is not None:
             refuse(f"{own} is given but the guider cfg_pp has a scale of its own, from 0 to 1: leave {own} out, or cfg_pp")
         cfg, scale = 1.0, 1.0 if own == "guidance_scale" else scale
     pair = cfg != 1 or pictured or ("cfg_pp" in guiders and family.combine is None)

@@ -113,7 +113,10 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     recipe |= {"classifier_sha256": digest_of(request.classifier)} if "classifier" in plan.guiders else {}
     recipe |= {"width": plan.width, "height": plan.height} if plan.source is None else {}
     recipe |= {"approximate": {name: dict(options) for name, options in plan.approximate.items()}} if plan.approximate else {}
-    recipe |= {"true_cfg_scale": plan.cfg_scale} if plan.cfg_scale != plan.guidance_scale else {}  # the model has guidance built in
+    if "cfg_pp" in plan.guiders:  # has a scale of its own, beside which no other can be said; what is built into the model stays
+        recipe = {name: value for name, value in recipe.items() if name != "guidance_scale" or value != 1}
+    elif plan.cfg_scale != plan.guidance_scale:
+        recipe["true_cfg_scale"] = plan.cfg_scale  # the model has guidance built in
     wild = request.dialect != "plain" and any(mark in getattr(request, name) for name in PROMPTS if getattr(request, name) for mark in MARKS)
     recipe |= {**plan.origin, **({"wildcards": False} if wild else {})}  # what had to be drawn was drawn: what looks like it is text
     recipe |= {"upscaler": plan.passes[1].upscaler, "upscale_strength": plan.passes[1].strength} if plan.passes[1:] else {}
