@@ -142,6 +142,15 @@ def test_a_guider_without_a_step_is_noted(pipe):
     assert note in pipe.plan("a cat", steps=4, guiders="slg").notes and note not in pipe.plan("a cat", steps=10, guiders="slg").notes
 
 
+def test_a_guider_that_acts_in_the_second_pass_alone_is_not_noted(pipe):
+    """Steps 1 and 2 of the second pass's 11 lie in slg's share, of the first pass's 4 none does."""
+    second = {"upscale": 1.5, "upscale_steps": 10, "upscale_strength": 0.9}
+    plan = pipe.plan("a cat", steps=4, guiders="slg", **second)
+    assert not [note for note in plan.notes if "acts in none" in note]
+    assert plan.evaluations == pipe.plan("a cat", steps=4, **second).evaluations + 2
+    assert any("acts in none of the 5 steps" in note for note in pipe.plan("a cat", steps=4, guiders="slg", upscale=1.5, upscale_steps=1).notes)
+
+
 def test_forms_of_a_request():
     forms = ["apg", ["apg"], {"apg": {}}, {"apg": None}, [{"apg": {}}]]
     assert {json.dumps(Request(prompt="a", guiders=form).guiders) for form in forms} == {'{"apg": {}}'}

@@ -322,7 +322,10 @@ def test_windows_are_refused_to_what_looks_at_a_whole_reference(loaded):
 
 
 def test_a_window_as_large_as_the_picture_is_no_window(pipe):
-    same(pipe.txt2img("a cat", tile=64, **BASE).images, pipe.txt2img("a cat", **BASE).images)
+    made = pipe.txt2img("a cat", tile=64, **BASE)
+    same(made.images, pipe.txt2img("a cat", **BASE).images)
+    assert "tile is 64, and nothing larger is denoised (48x64): the network sees it whole" in made.notes
+    assert not [note for note in pipe.plan("a cat", tile=64, upscale=1.5, **BASE).notes if "tile" in note]  # the second pass is larger
 
 
 def test_windows_are_denoised_each_as_its_own_and_averaged(pipe):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_folders import tiny
 
+import latentgen
 from latentgen.errors import ModelError, RequestError
-from latentgen.models.weaken import chosen, weakened
+from latentgen.models.weaken import broad, chosen, weakened
 
 KINDS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux1": "transformer", "flux2": "transformer", "zimage": "transformer",
          "qwenimage": "transformer", "pixart": "transformer"}
@@ -149,6 +150,21 @@ def test_layers_by_number_name_and_default():
     assert chosen(net, guider="slg", said="middle") == [f"transformer_blocks.{n}" for n in (7, 8, 9)]  # as Stable Diffusion 3.5 medium is run
     assert chosen(net, guider="pag", said="middle") == ["transformer_blocks.12"]
     assert chosen(network("sd15"), guider="slg", said=["mid_block", "up_blocks.1"]) == ["mid_block", "up_blocks.1"]
+
+
+def test_half_of_the_network_or_more_is_noted():
+    net = copy.deepcopy(network("sd3"))
+    net.transformer_blocks.extend([copy.deepcopy(net.transformer_blocks[0]) for _ in range(6)])
+    note = "slg leaves out 4 of this network's 8 blocks: what is left knows little of the picture, so name fewer"
+    assert broad(net, guider="slg", layers=[f"transformer_blocks.{n}" for n in range(4)]) == note
+    assert broad(net, guider="slg", layers=[f"transformer_blocks.{n}" for n in range(3)]) == ""
+    assert broad(net, guider="pag", layers=["transformer_blocks"]).startswith("pag weakens 15 of this network's 15 self-attentions")
+
+
+def test_a_plan_says_so():
+    pipe = latentgen.load("glyph", device="cpu", progress=False)
+    noted = {layers: any("name fewer" in note for note in pipe.plan("a cat", guiders={"slg": {"layers": layers}}).notes) for layers in ("middle", "up_blocks")}
+    assert noted == {"middle": False, "up_blocks": True}
 
 
 @pytest.mark.parametrize("kind, said, word", [("sd15", "mid", "'mid' but there this network .* has no self-attention: choose among down_blocks.0, mid_block, up_blocks.1"),

@@ -66,6 +66,19 @@ def chosen(network: nn.Module, *, guider: str, said: Any) -> list[str]:
     return made
 
 
+def broad(network: nn.Module, *, guider: str, layers: Sequence[str]) -> str:
+    """A note where these layers are half or more of all that could be weakened.
+
+    Args:
+        layers: dotted names, as `chosen` gives them.
+    """
+    every = _found(network, guider)
+    weak = len(_under(every, layers))
+    does, what = ("weakens", "self-attentions") if guider == "pag" else ("leaves out", "blocks")
+    said = f"{guider} {does} {weak} of this network's {len(every)} {what}: what is left knows little of the picture, so name fewer"
+    return said if 2 * weak >= len(every) > 2 else ""
+
+
 def _middle(network: nn.Module, found: Sequence[str], stack: str, guider: str) -> list[str]:
     if any(name.startswith("mid_block") for name in found):
         return ["mid_block"]

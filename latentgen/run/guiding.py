@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,11 @@ class Guiding:
         return self.pair or any(GUIDERS[name].acts != "threshold" for name in self.guiders)
 
 
-def guidance_of(request: Request, family: Family, refuse: Callable[[str], None], layers: Callable[[str, Any], list[str]] | None = None) -> Guiding:
+def guidance_of(request: Request, family: Family, refuse: Callable[[str], None], *, layers: Callable[[str, Any], tuple[list[str], str]] | None,
+                notes: list[str]) -> Guiding:
     """The guidance scale as the model takes it, the weight of classifier-free guidance, and guiders, with contradictions found.
 
-    layers: (guider, layers as they were asked for) -> their names in the denoiser.
+    layers: (guider, layers as they were asked for) -> their names in the denoiser, and a note on them, "" for most.
     """
     scale, cfg, off = _scales(request, family, refuse)
     pictured = family.guidance == "image" and bool(request.references)  # then the negative words count at 1, too
@@ -58,7 +59,8 @@ def guidance_of(request: Request, family: Family, refuse: Callable[[str], None],
     for name, options in list(guiders.items()):
         if layers is not None and "layers" in options:
             try:
-                options["layers"] = layers(name, options["layers"])
+                options["layers"], note = layers(name, options["layers"])
+                notes += [note] if note else []
             except RequestError as error:  # not a network that it could weaken so
                 refuse(str(error))
                 del guiders[name]
@@ -137,12 +139,12 @@ def _classifier_problem(request: Request, family: Family, options: dict[str, Any
     return ""
 
 
-def idle(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, inside: Callable[[Level], bool]) -> list[str]:
-    """A note on each guider that acts in none of the steps.
+def idle(guiders: Mapping[str, Mapping[str, Any]], passes: Sequence[Progress], inside: Callable[[Level], bool]) -> list[str]:
+    """A note on each guider that acts in none of the steps of any pass.
 
     inside: whether a level lies in the guidance interval.
     """
     asked = {name: (options["start"], options["end"]) for name, options in guiders.items() if "start" in options}
-    return [f"{name} acts in none of the {len(progress.levels) - 1} steps: its start {start:g} and end {end:g} leave no step between them"
-            for name, (start, end) in asked.items()
-            if not any(inside(level) and progress.within(level, start, end) for level in progress.levels[:-1])]
+    steps = [(progress, level) for progress in passes for level in progress.levels[:-1]]
+    return [f"{name} acts in none of the {len(steps)} steps: its start {start:g} and end {end:g} leave no step between them"
+            for name, (start, end) in asked.items() if not any(inside(level) and progress.within(level, start, end) for progress, level in steps)]

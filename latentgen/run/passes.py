@@ -6,13 +6,14 @@ Knows requests, families, sizes and levels; runs no network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.tiles import COLUMNS, ROWS, Grid
 from latentgen.errors import RequestError
@@ -68,6 +69,11 @@ class Pass:
         return len(self.levels) - 1
 
     @property
+    def progress(self) -> Progress:
+        """How far its levels are on the whole path."""
+        return Progress(self.levels, first=self.first_step - 1, total=self.asked_steps)
+
+    @property
     def tile(self) -> int | None:
         """Side of an autoencoder's tile in pixels, None where it sees the picture whole."""
         side = self.vae_tile or (TILE if self.width * self.height > TILE_ABOVE else None)
@@ -121,6 +127,13 @@ def grid_of(request: Request, family: Family, size: tuple[int, int], *, wrap: tu
         notes.append(f"{width}x{height} is {width * height / native:.2g} times this model's own area: it is denoised in windows of {tile} pixels")
     side = (tile or max(width, height)) // spec.factor
     return Grid(height // spec.factor, width // spec.factor, side, side // SHARED, wrap)
+
+
+def whole(request: Request, passes: Sequence[Pass]) -> list[str]:
+    """A note where windows were asked for and are as large as all that is denoised."""
+    if request.tile is None or request.reference is not None or any(len(one.grid.windows) > 1 for one in passes):
+        return []
+    return [f"tile is {request.tile}, and nothing larger is denoised ({passes[-1].width}x{passes[-1].height}): the network sees it whole"]
 
 
 def wrap_of(request: Request, family: Family, size: tuple[int, int], crop: tuple[int, int], refuse: Callable[[str], None]) -> tuple[int, ...]:

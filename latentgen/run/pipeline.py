@@ -122,11 +122,12 @@ class Pipeline:
         self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes, self._layers,
                                 quantise=quantise, parallel=None if group is None else group.parallel)
 
-    def _layers(self, guider: str, said: Any) -> list[str]:
-        """See `latentgen.models.weaken.chosen`."""
-        from latentgen.models.weaken import chosen
+    def _layers(self, guider: str, said: Any) -> tuple[list[str], str]:
+        """See `latentgen.models.weaken.chosen` and `broad`."""
+        from latentgen.models.weaken import broad, chosen
 
-        return chosen(self._outline, guider=guider, said=said)
+        names = chosen(self._outline, guider=guider, said=said)
+        return names, broad(self._outline, guider=guider, layers=names)
 
     @cached_property
     def _outline(self) -> nn.Module:

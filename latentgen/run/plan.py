@@ -22,7 +22,7 @@ from latentgen.run.approximating import approximations_of, decided_alone
 from latentgen.run.guiding import OPTIONS, guidance_of, idle
 from latentgen.run.levels import levels_of
 from latentgen.run.parallel import Parallel
-from latentgen.run.passes import Pass, grid_of, second_pass, wrap_of
+from latentgen.run.passes import Pass, grid_of, second_pass, whole, wrap_of
 from latentgen.run.seeding import Seeds, seeds_of
 from latentgen.run.sizing import Source, open_references, sized
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
@@ -218,7 +218,8 @@ class Plan:
 class Machine:
     """What the pipeline was loaded with, as far as planning needs it; `notes` are what its files did not tell.
 
-    layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError; see `latentgen.models.weaken.chosen`.
+    layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError, and a note or ""; see
+        `latentgen.models.weaken.chosen` and `broad`.
     tuned: what requests do that say no approximation of their own.
     quantise: how weights are held, None as they are.
     parallel: how several processes make each picture together.
@@ -231,7 +232,7 @@ class Machine:
     speed: str
     weights: Mapping[str, int]
     notes: tuple[str, ...] = ()
-    layers: Callable[[str, Any], list[str]] | None = field(default=None, repr=False, compare=False)
+    layers: Callable[[str, Any], tuple[list[str], str]] | None = field(default=None, repr=False, compare=False)
     tuned: Tuned | None = None
     parallel: Parallel | None = None
     quantise: str | None = None
@@ -258,7 +259,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     native = defaults.width * defaults.height
     if not native / 5 < width * height < native * 5:
         notes.append(f"{width}x{height} is far from this model's own {defaults.width}x{defaults.height}: expect a weaker picture")
-    guiding = guidance_of(request, family, refuse, machine.layers)
+    guiding = guidance_of(request, family, refuse, layers=machine.layers, notes=notes)
     guided, guiders = guiding.pair, guiding.guiders
     full, levels, strength, options = levels_of(request, family, (width, height), refuse, notes)
     prompt, negative, empty = plan_texts(request, family, tokenizers, steps=len(full) - 1, guided=guided, refuse=refuse, notes=notes,
@@ -281,13 +282,13 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     total, skipped = request.steps or defaults.steps, full.index(levels[0])
     if "classifier" in guiders:
         notes.append("a classifier leads it, which no file holds: to make it again, give the same one")
-    notes += idle(guiders, Progress(levels, first=skipped, total=total), lambda level: low <= family.path.find(level.half_log_snr) <= high)
     wrap = wrap_of(request, family, (width, height), crop, refuse)
     grid = grid_of(request, family, (width, height), wrap=wrap, later=False, refuse=refuse, notes=notes)
     first = Pass(width, height, crop, total, skipped + 1, levels, strength, evaluations(levels, skipped, total) * len(grid.windows), grid,
                  source=source, vae_tile=request.vae_tile)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     passes = (first,) if second is None else (first, second)
+    notes += whole(request, passes) + idle(guiders, [one.progress for one in passes], lambda level: low <= family.path.find(level.half_log_snr) <= high)
     approximate = approximations_of(request, family, refuse, passes=passes, tuned=machine.tuned, notes=notes)
     if machine.parallel is not None:
         if machine.parallel.way == "context" and (weak := [name for name, options in guiders.items() if "layers" in options]):

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from latentgen.diffusion.guidance.combine import thresholded
-from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guide import masked
 from latentgen.diffusion.level import Denoiser, noised, start
 from latentgen.diffusion.sample import Step
@@ -218,7 +217,6 @@ class Work:
         views = {name: around(net, axes) for name, net in modules.items()} if axes else {}
         modules = {**modules, **{name: net for name, net in views.items() if net is not None}}
         layers = {name: options["layers"] for name, options in plan.guiders.items() if "layers" in options}
-        progress = Progress(one.levels, first=one.first_step - 1, total=one.asked_steps)
 
         @cache
         def quick(script: Script, guider: str = "") -> tuple[Modules, Asked]:
@@ -239,10 +237,10 @@ class Work:
             nets = approximate(nets, asked, plan=plan, shape=one.seen, tallies=self.savings)
             weaker = {name: placed(self.network(*quick(script, name))) for name in layers}
             evaluate = self.team.dealt(evaluated(plan.rows, apart=plan.request.split_guidance))
-            return worded(self.family, placed(self.network(nets, asked)), plan, script, progress=progress, evaluate=evaluate, weaker=weaker)
+            return worded(self.family, placed(self.network(nets, asked)), plan, script, progress=one.progress, evaluate=evaluate, weaker=weaker)
 
         denoise = one.grid.tiled([window(script) for script in scripts], device=eps.device)
-        denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=progress, residency=self.residency), plan.guiders)
+        denoise = thresholded(steered(denoise, plan=plan, family=self.family, progress=one.progress, residency=self.residency), plan.guiders)
         if z0 is not None and one.source is not None and one.source.mask is not None and self.family.task != "inpaint":
             denoise = masked(denoise, z0=z0, mask=_latent_mask(one.source.mask, self.family.latent.factor).to(eps), eps=eps)
         return denoise
