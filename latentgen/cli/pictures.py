@@ -124,8 +124,8 @@ def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality
         raise RequestError("--show draws on stdout, where --json writes: use one of the two")
     try:
         with Meter(shown=not quiet and speaks()) as meter:
-            meter.phase(f"loading {loading}")
-            with closing(begin()) as run:
+            with closing(begin()) as run:  # bad input is refused here, before anything is announced
+                meter.phase(f"loading {loading}")
                 for step in run:
                     meter.step(step)
                     if step.index + 1 == step.total:

@@ -52,8 +52,8 @@ def grid(prompt: Prompt, x: X, y: Y = None, cell: Cell = None, **said: Any) -> N
     request = Request(prompt=prompt, **typed)
     pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False)
     with Meter(shown=not quiet) as meter:
-        meter.phase("loading")
         planned = plan_grid(pipe, request, x=axes[0], y=axes[1] if axes[1:] else None, cell=cell)
+        meter.phase(f"loading {said['model']}")
         done = planned.run(pipe, on_step=meter.step)
     into_folder = output is None or output.is_dir()
     path = free_name(output or Path(), f"{slug(prompt)}-grid") if into_folder else output
@@ -86,8 +86,8 @@ def interpolate(prompts: Keys, output: FilmFile, frames: Frames = 24, loop: Loop
     words = {name: value for name, value in said.items() if name in Request.model_fields}
     pipe = opened({name: value for name, value in said.items() if name not in words}, progress=False)
     with Meter(shown=not quiet) as meter:
-        meter.phase("planning")
         film = pipe.interpolate(prompts, frames=frames, loop=loop, folder=folder, on_step=meter.step, **given(words))
+        meter.phase(f"loading {said['model']}")
         path, = film.save(output, fps=fps)
     typer.echo(str(path) if quiet else f"{path}  {film}")
 
