@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentgen.diffusion.level import Level, VariancePreserving
 from latentgen.diffusion.schedule import cosine, linear, scaled_linear, zero_terminal_snr
-from latentgen.errors import ModelError, RequestError
+from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Modules, Scene, Side
 from latentgen.pixels.latent import LatentSpec
 
@@ -193,38 +193,25 @@ def masked_picture(scene: Scene, side: Side) -> dict[str, Tensor]:
 
 
 def reference_latents(scene: Scene, side: Side, latent: LatentSpec) -> dict[str, Tensor]:
-    """What an 8-channel editing U-Net sees beside x: the reference's raw latents, (1, c, h, w), as the VAE gives them; zeros on the side "none".
-
-    Raises:
-        RequestError: no reference, or one of another shape than the picture that is made.
-    """
+    """What an 8-channel editing U-Net sees beside x: the reference's raw latents, (1, c, h, w), as the VAE gives them; zeros on the side "none"."""
     if side == "none":
         return {BESIDE: torch.zeros(1, *scene.shape)}
-    picture, size = _reference(scene), (scene.height, scene.width)
+    picture, size = scene.references[0], (scene.height, scene.width)
     if picture.shape[-2:] != size:
         picture = torch.nn.functional.interpolate(picture, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
     return {BESIDE: latent.to_raw(scene.encode(picture))}
 
 
 def depth_map(scene: Scene, side: Side) -> dict[str, Tensor]:
-    """What a 5-channel depth U-Net sees beside x: the reference read as a depth map (near is bright), (1, 1, h, w) stretched to [-1, 1].
-
-    Raises:
-        RequestError: no reference, or one of another shape than the picture that is made.
-    """
-    depth = torch.nn.functional.interpolate(_reference(scene).mean(1, keepdim=True), size=scene.shape[1:], mode="bicubic", align_corners=False)
+    """What a 5-channel depth U-Net sees beside x: the reference read as a depth map (near is bright), (1, 1, h, w) stretched to [-1, 1]."""
+    depth = torch.nn.functional.interpolate(scene.references[0].mean(1, keepdim=True), size=scene.shape[1:], mode="bicubic", align_corners=False)
     low, high = depth.amin(), depth.amax()
     return {BESIDE: 2 * (depth - low) / (high - low).clamp(min=1e-6) - 1}
 
 
-def _reference(scene: Scene) -> Tensor:
-    """The reference, (1, 3, H, W) in [-1, 1], if it has the shape of the picture that is made (which was rounded to whole latents)."""
-    if not scene.references:
-        raise RequestError("this model redraws a picture that it is shown: pass it as reference=")
-    picture = scene.references[0]
-    height, width = picture.shape[-2:]
-    step = scene.width // scene.shape[2]
-    if abs(height * scene.width / width - scene.height) > step * (1 + height / width):
-        raise RequestError(f"the reference is {width}x{height} but the picture will be {scene.width}x{scene.height}, of another shape: "
-                           "crop the reference, or leave width and height out")
-    return picture
+def of_one_shape(reference: tuple[int, int], picture: tuple[int, int], factor: int) -> str:
+    """What is wrong with a reference, whose shape must be the picture's, which was rounded to whole latents; both (width, height)."""
+    (width, height), (wide, high) = reference, picture
+    if abs(height * wide / width - high) <= factor * (1 + height / width):
+        return ""
+    return f"the reference is {width}x{height} but the picture will be {wide}x{high}, of another shape: crop the reference, or leave width and height out"

@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level, RectifiedFlow
-from latentgen.errors import ModelError, RequestError
+from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Scene, Side, Signature, Words
 from latentgen.pixels.image import fit_to, to_images, to_tensor
 from latentgen.pixels.latent import LatentSpec
@@ -114,16 +114,17 @@ def inputs(scene: Scene, side: Side, *, guided: bool) -> Mapping[str, Tensor]:
     return made
 
 
-def reference_sized(picture: Tensor, multiple: int) -> Tensor:
-    """A picture (1, 3, H, W) in [-1, 1] scaled down to a megapixel if it is larger, then its middle, with sides that are multiples of `multiple`.
+def fits(reference: tuple[int, int], picture: tuple[int, int]) -> str:
+    """What is wrong with a reference (width, height): a side below 64 pixels, or more than 8 times the other, which the network was not trained on."""
+    if min(reference) >= LEAST_SIDE and max(reference) <= MOST_ASPECT * min(reference):
+        return ""
+    return (f"reference is {reference[0]}x{reference[1]}: expected sides of {LEAST_SIDE} pixels or more, one at most {MOST_ASPECT} times the other, "
+            "so crop or enlarge it")
 
-    Raises:
-        RequestError: a side below 64 pixels, or one that is more than 8 times the other, which the network was not trained on.
-    """
+
+def reference_sized(picture: Tensor, multiple: int) -> Tensor:
+    """A picture (1, 3, H, W) in [-1, 1] scaled down to a megapixel if it is larger, then its middle, with sides that are multiples of `multiple`."""
     height, width = picture.shape[2:]
-    if min(width, height) < LEAST_SIDE or max(width, height) > MOST_ASPECT * min(width, height):
-        raise RequestError(f"reference is {width}x{height}: expected sides of {LEAST_SIDE} pixels or more, one at most {MOST_ASPECT} times the "
-                           "other, so crop or enlarge it")
     if width * height > MOST_PIXELS:
         scale = math.sqrt(MOST_PIXELS / (width * height))
         width, height = int(width * scale), int(height * scale)
@@ -186,7 +187,7 @@ def build(model: Model) -> Family:
         tokenizers={"tokenizer": CHATS[words]}, encode=partial(encode, layers=LAYERS[words]), predict=predict, inputs=partial(inputs, guided=guided),
         guidance="embedded" if guided else "none" if distilled else "cfg",
         shift=partial(empirical_shift, patch=factor, linear=scheduler.get("time_shift_type") == "linear") if dynamic else None,
-        references=0 if index.get("_class_name") == CACHED else REFERENCES, vae_encode=to_native, vae_decode=to_pixels,
+        references=0 if index.get("_class_name") == CACHED else REFERENCES, fits=fits, vae_encode=to_native, vae_decode=to_pixels,
         defaults=Defaults(width=1024, height=1024, steps=4 if distilled else 50, sampler="euler", spacing="trailing",
                           guidance_scale=1.0 if distilled else 4.0, shift=1.0 if dynamic else float(scheduler["shift"])))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level, RectifiedFlow
-from latentgen.errors import ModelError, RequestError
+from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Scene, Side, Signature, Words
 from latentgen.pipelines._flow import DYNAMIC, dynamic_shift, packed, unpacked
 from latentgen.pixels.image import fit_to, to_images, to_tensor
@@ -93,15 +93,16 @@ def seen(picture: Tensor, vision: Any) -> tuple[Tensor, Tensor]:
     return x.reshape(rows * columns, -1), torch.tensor([[1, rows, columns]])
 
 
-def reference_sized(picture: Tensor) -> Tensor:
-    """A picture (1, 3, H, W) in [-1, 1] stretched to about a megapixel, with sides that are multiples of 32.
+def fits(reference: tuple[int, int], picture: tuple[int, int]) -> str:
+    """What is wrong with a reference (width, height): one side is more than 200 times the other."""
+    if max(reference) <= MOST_ASPECT * min(reference):
+        return ""
+    return f"reference is {reference[0]}x{reference[1]}: expected one side at most {MOST_ASPECT} times the other, so crop it"
 
-    Raises:
-        RequestError: one side is more than 200 times the other.
-    """
+
+def reference_sized(picture: Tensor) -> Tensor:
+    """A picture (1, 3, H, W) in [-1, 1] stretched to about a megapixel, with sides that are multiples of 32."""
     height, width = picture.shape[2:]
-    if max(width, height) > MOST_ASPECT * min(width, height):
-        raise RequestError(f"reference is {width}x{height}: expected one side at most {MOST_ASPECT} times the other, so crop it")
     across = math.sqrt(AREA * (width / height))
     sides = (max(STEP, round(side / STEP) * STEP) for side in (across, across / (width / height)))
     return to_tensor(fit_to(to_images(picture)[0], *sides, how="resize"))
@@ -173,7 +174,7 @@ def build(model: Model) -> Family:
         tokenizers={"tokenizer": CHATS[edit]}, encode=encode, predict=predict, inputs=inputs, combine=combine,
         shift=partial(dynamic_shift, patch=2 * factor, scheduler=scheduler) if dynamic else None,
         terminal=float(scheduler.get("shift_terminal") or 0.0),
-        task="edit" if edit else "any", references=int(edit), reads_pictures=edit, vae_encode=to_native, vae_decode=to_pixels,
+        task="edit" if edit else "any", references=int(edit), fits=fits, reads_pictures=edit, vae_encode=to_native, vae_decode=to_pixels,
         defaults=Defaults(width=side, height=side, steps=50, sampler="euler", spacing="trailing", guidance_scale=4.0,
                           shift=1.0 if dynamic else float(scheduler["shift"])))
 

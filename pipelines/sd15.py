@@ -18,6 +18,7 @@ from latentgen.pipelines._unet import (
     latent_spec,
     masked_picture,
     noise_path,
+    of_one_shape,
     predict,
     prediction,
     reference_latents,
@@ -96,6 +97,7 @@ def build(model: Model) -> Family:
         tokenizers={"tokenizer": TokenizerSpec("clip", pad="<|endoftext|>")},
         encode=encode, predict=predict, inputs={4: no_inputs, 8: partial(reference_latents, latent=latent), 9: masked_picture}[channels],
         guidance="image" if channels == 8 else "cfg", task={4: "any", 8: "edit", 9: "inpaint"}[channels], references=1 if channels == 8 else 0,
+        fits=partial(of_one_shape, factor=latent.factor),
         clip_skip=clip_layers(model.config("text_encoder")),
         defaults=Defaults(guidance_scale=7.5, image_guidance_scale=1.5, **run_defaults(scheduler, unet, latent.factor)),
     )

@@ -7,10 +7,23 @@ second; a folder's scheduler config, a card or `config=` says otherwise. OpenCLI
 
 from __future__ import annotations
 
+from functools import partial
+
 from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.errors import ModelError
 from latentgen.models.family import Defaults, Family, Model, Original, Part, no_inputs
-from latentgen.pipelines._unet import check_parts, clip_layers, depth_map, latent_spec, masked_picture, noise_path, predict, prediction, run_defaults
+from latentgen.pipelines._unet import (
+    check_parts,
+    clip_layers,
+    depth_map,
+    latent_spec,
+    masked_picture,
+    noise_path,
+    of_one_shape,
+    predict,
+    prediction,
+    run_defaults,
+)
 from latentgen.pipelines.sd15 import PARTS as SD15_PARTS
 from latentgen.pipelines.sd15 import check_unet, encode, signatures
 
@@ -39,6 +52,7 @@ def build(model: Model) -> Family:
         name="sd21", parts=PARTS, path=noise_path(scheduler), prediction=prediction(scheduler), latent=latent,
         tokenizers={"tokenizer": TokenizerSpec("clip", pad="!")},  # where its own files do not say
         encode=encode, predict=predict, inputs={4: no_inputs, 5: depth_map, 9: masked_picture}[channels],
-        task={4: "any", 5: "edit", 9: "inpaint"}[channels], references=1 if channels == 5 else 0, clip_skip=clip_layers(model.config("text_encoder")),
+        task={4: "any", 5: "edit", 9: "inpaint"}[channels], references=1 if channels == 5 else 0,
+        fits=partial(of_one_shape, factor=latent.factor), clip_skip=clip_layers(model.config("text_encoder")),
         defaults=Defaults(guidance_scale=7.5, **run_defaults(scheduler, unet, latent.factor)),
     )

@@ -304,7 +304,7 @@ def test_what_it_cannot_do_is_refused_by_name(pipes):
             pipes(kind).plan(PROMPT, seed=0, **{"width": 64, "height": 64} | asked)
     for size in ((63, 64), (1040, 128)):
         with pytest.raises(RequestError, match=rf"reference is {size[0]}x{size[1]}"):
-            pipes("klein").edit(PROMPT, photo(*size), width=64, height=64, **said())
+            pipes("klein").plan(PROMPT, reference=photo(*size), width=64, height=64)
 
 
 @pytest.mark.parametrize("name", [variant + layout for variant in VARIANTS for layout in ("", ".diffusers")])

@@ -332,7 +332,7 @@ def test_what_it_cannot_do_is_refused_by_name(pipes):
         with pytest.raises(RequestError, match=named):
             pipes(kind).plan(PROMPT, seed=0, **{"width": 64, "height": 64} | asked)
     with pytest.raises(RequestError, match="200 times"):
-        qwenimage.reference_sized(torch.zeros(1, 3, 1, 201))
+        pipes("edit").plan(PROMPT, reference=Image.new("RGB", (201, 1)))
 
 
 @pytest.mark.parametrize("name", ["qwenimage", "qwenimage.diffusers", "qwenimage-edit", "qwenimage-edit.diffusers"])

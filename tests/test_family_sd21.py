@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentgen.errors import ModelError
+from latentgen.errors import ModelError, RequestError
 from latentgen.models.family import Model, Scene
 from latentgen.pipelines import sd15, sd21
 from test_family_sd15 import (NOISE, PROMPT, SCALE, STEPS, agree, both, box, fitting, make_folder, names_and_shapes, opened, photo, states_of, stock,
@@ -110,6 +110,8 @@ def test_depth(tmp_path):
     theirs = stock(parts | {"depth_estimator": None, "feature_extractor": None}, "ddim", "StableDiffusionDepth2ImgPipeline")
     given = torch.from_numpy(np.asarray(depth, dtype=np.float32) / 255)[None]
     agree(*both(theirs, pipe, ours={"reference": depth}, stock={"depth_map": given}, image=photo(), strength=0.75))
+    with pytest.raises(RequestError, match="the reference is 96x64 but the picture will be 64x64, of another shape"):
+        pipe.plan("a cat", image=photo(), reference=Image.new("L", (96, 64)))
 
 
 def test_a_flat_depth_map_is_far_away_everywhere():

@@ -184,6 +184,11 @@ def no_inputs(scene: Scene, side: Side) -> Mapping[str, Tensor]:
     return {}
 
 
+def any_fits(reference: tuple[int, int], picture: tuple[int, int]) -> str:
+    """`Family.fits` of a family that looks at references of any size."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture with its conventions, for one checkpoint.
@@ -207,6 +212,7 @@ class Family:
         task: what this checkpoint was made for: "any"; "inpaint" if its network takes mask and picture itself (`masked` is then not used, and without
             a picture it sees an empty one); "edit" if it needs `reference`.
         references: how many pictures `reference` may hold, 0 for none.
+        fits: ((width, height) of a reference, of the picture that is made) -> what is wrong with the reference, "" where nothing is.
         reads_pictures: the text encoder sees the references.
         clip_skip: the largest that there is a layer for; 1 where no layer can be chosen.
         options: further fields of a request that `inputs` reads from `scene.options` ("original_size", "aesthetic_score" ...).
@@ -228,6 +234,7 @@ class Family:
     terminal: float = 0.0
     task: Literal["any", "inpaint", "edit"] = "any"
     references: int = 0
+    fits: Callable[[tuple[int, int], tuple[int, int]], str] = any_fits
     reads_pictures: bool = False
     clip_skip: int = 1
     options: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from latentgen.run.levels import levels_of
 from latentgen.run.parallel import Parallel
 from latentgen.run.passes import Pass, grid_of, second_pass, whole, wrap_of
 from latentgen.run.seeding import Seeds, seeds_of
-from latentgen.run.sizing import Source, open_references, sized
+from latentgen.run.sizing import Source, check_references, open_references, sized
 from latentgen.run.texts import SHOWN, PlannedText, plan_texts, resolved, short
 from latentgen.run.tuned import Tuned
 
@@ -288,6 +288,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
                  source=source, vae_tile=request.vae_tile)
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     passes = (first,) if second is None else (first, second)
+    check_references(references, family, ((one.width, one.height) for one in passes))
     notes += whole(request, passes) + idle(guiders, [one.progress for one in passes], lambda level: low <= family.path.find(level.half_log_snr) <= high)
     approximate = approximations_of(request, family, refuse, passes=passes, tuned=machine.tuned, notes=notes)
     if machine.parallel is not None:

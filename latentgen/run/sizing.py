@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,13 @@ def open_references(request: Request, family: Family) -> tuple[Image.Image, ...]
     if family.task == "edit" and not given:
         raise RequestError(f"{family.name} here is a checkpoint that edits a picture by instruction, and no reference is given: pass reference=")
     return tuple(open_image(picture, name="reference", max_pixels=MAX_AREA) for picture in given)
+
+
+def check_references(references: Sequence[Image.Image], family: Family, sizes: Iterable[tuple[int, int]]) -> None:
+    """RequestError for a reference that the model cannot look at while it makes pictures of these sizes, (width, height)."""
+    for problem in (family.fits(picture.size, size) for size in sizes for picture in references):
+        if problem:
+            raise RequestError(problem)
 
 
 def sized(request: Request, family: Family, references: tuple[Image.Image, ...]) -> tuple[Source | None, int, int, tuple[int, int]]:
