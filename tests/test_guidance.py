@@ -8,7 +8,7 @@ import torch
 
 from latentgen.diffusion import SAMPLERS, Level, RectifiedFlow, VariancePreserving, guided, prediction_row, spacing, zero_terminal_snr
 from latentgen.diffusion.guidance.classify import classified
-from latentgen.diffusion.guidance.combine import combination, thresholded
+from latentgen.diffusion.guidance.combine import combination, standing, thresholded
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.rules import manifold_scale, optimised_negative, quantile
 from latentgen.diffusion.guidance.table import ELSEWHERE, GUIDERS, filled, guider, spread
@@ -61,13 +61,18 @@ def test_cfg_zero_scales_outputs_as_diffusers_does(path, prediction):
 
 
 def test_cfg_zero_stands_still_in_the_first_steps_of_the_whole_run():
-    combine = combined({"cfg_zero": {"zero_steps": 2}})
-    guide = guided(lambda x, level: POS, lambda x, level: Estimates(POS, (NEG,)), scale=5.0, position=lambda level: 0.5, combine=combine)
-    states = [X] + [step.x for step in SAMPLERS["euler"].function(guide, X, LEVELS, noise=lambda: X)]
+    guiders, asked = filled(spread({"cfg_zero": {"zero_steps": 2}})), []
+
+    def stand(first=0, inside=lambda level: True):
+        guide = guided(lambda x, level: asked.append(level) or POS, lambda x, level: asked.append(level) or Estimates(POS, (NEG,)), scale=5.0,
+                       position=lambda level: 0.5, combine=combined(guiders))
+        return standing(guide, guiders, progress=Progress(LEVELS, first=first), row=lambda level: prediction_row("flow", level), inside=inside)
+
+    states = [X] + [step.x for step in SAMPLERS["euler"].function(stand(), X, LEVELS, noise=lambda: X)]
     torch.testing.assert_close(states[2], X, rtol=0, atol=1e-6)
-    assert (states[3] - states[2]).abs().max() > 0.01
-    later = combined({"cfg_zero": {"zero_steps": 2}}, first=2)  # the last steps of a longer run
-    assert (later(X, LEVELS[0], Estimates(POS, (NEG,))) - X).abs().max() > 0.1
+    assert (states[3] - states[2]).abs().max() > 0.01 and asked == list(LEVELS[2:-1])  # and no network is asked
+    assert (stand(first=2)(X, LEVELS[0]) - X).abs().max() > 0.1  # the last steps of a longer run
+    assert (stand(inside=lambda level: False)(X, LEVELS[0]) - X).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("path", [VP, ZERO, FLOW], ids=["vp", "zero-terminal", "flow"])

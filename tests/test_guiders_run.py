@@ -31,9 +31,15 @@ def said(name):
     return options | {"guiders": {name: strong.get(name, {})}}
 
 
-def counted(pipe):
-    """A pipeline over the same weights, and the pictures that its network sees, call by call."""
-    own, seen = latentgen.load(pipe.checkpoint.card.folder, dtype="float32", device="cpu", progress=False), []
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A folder of a model that runs on a rectified flow."""
+    return tiny("sd3").save(tmp_path_factory.mktemp("flow") / "it")
+
+
+def counted(folder):
+    """A pipeline, and the pictures that its network sees, call by call."""
+    own, seen = latentgen.load(folder, dtype="float32", device="cpu", progress=False), []
     predict = own.family.predict
 
     def watched(modules, x, level, conditioning):
@@ -70,15 +76,25 @@ def test_a_batch_is_its_pictures_and_a_run_leaves_nothing_behind(pipe, guiders):
 @pytest.mark.parametrize("more", [{}, {"guidance_interval": (0.2, 0.7)}, {"prompt": "a cat AND a dog :0.6"}, {"guidance_rescale": 0.5},
                                   {"image": Image.new("RGB", (64, 64), "teal"), "strength": 0.6}], ids=str)
 @pytest.mark.parametrize("guiders", ["apg", "perp_neg", {"pag": {}, "slg": {"start": 0.2, "end": 0.6}}, ["perp_neg", "pag"]], ids=str)
-def test_the_plan_counts_evaluations_exactly(pipe, sampler, more, guiders):
-    own, seen = counted(pipe)
+def test_the_plan_counts_evaluations_exactly(tiny_folder, sampler, more, guiders):
+    own, seen = counted(tiny_folder)
     run = own.stream(**{"request": more.get("prompt", "a cat")}, **SAID | {"sampler": sampler, "guiders": guiders} | {k: v for k, v in more.items() if k != "prompt"})
     assert run.result and sum(seen) == run.plan.evaluations
 
 
+@pytest.mark.parametrize("more", [{}, {"sampler": "heun"}, {"guidance_interval": (0.2, 0.7)}, {"prompt": "a cat AND a dog :0.6"}, {"guiders": ["cfg_zero", "apg", "pag"]},
+                                  {"image": Image.new("RGB", (64, 64), "teal"), "strength": 0.6}], ids=str)
+def test_steps_that_stand_still_ask_no_network(flow, more):
+    own, seen = counted(flow)
+    options = {"request": "a cat", "seed": 3, "steps": 5, "guidance_scale": 4.0, "sampler": "euler", "width": 64, "height": 64, "guiders": {"cfg_zero": {"zero_steps": 2}}}
+    run = own.stream(**options | {name if name != "prompt" else "request": value for name, value in more.items()})
+    assert run.result and sum(seen) == run.plan.evaluations
+    assert more or run.plan.evaluations == 2 * 3
+
+
 @pytest.mark.parametrize("guiders", ["pag", [{"slg": {"end": 1.0}}, "static_threshold"], "dynamic_threshold"])
-def test_some_need_no_guidance(pipe, guiders):
-    own, seen = counted(pipe)
+def test_some_need_no_guidance(tiny_folder, guiders):
+    own, seen = counted(tiny_folder)
     run = own.stream("a cat", seed=3, steps=4, guidance_scale=1.0, guiders=guiders, **({} if guiders == "dynamic_threshold" else {"guidance_interval": (0.3, 0.9)}))
     assert run.result and sum(seen) == run.plan.evaluations and run.plan.batching == "off"
     plain = own.txt2img("a cat", seed=3, steps=4, guidance_scale=1.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentgen.diffusion.compose import composed
-from latentgen.diffusion.guidance.combine import combination
+from latentgen.diffusion.guidance.combine import combination, standing
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.table import GUIDERS
 from latentgen.diffusion.guide import Estimates, Rule, guided, image_guidance
@@ -107,11 +107,15 @@ def worded(family: Family, estimate: Estimate, plan: Plan, script: Script, *, pr
 
     if plan.batching == "off" and not weaker:
         return with_words
-    rule = _rule(family, plan)
+    rule, row, (low, high) = _rule(family, plan), partial(prediction_row, family.prediction), plan.guidance_interval
     if any(GUIDERS[name].needs_cfg for name in plan.guiders) or weaker:
-        rule = combination(plan.guiders, scale=plan.cfg_scale, progress=progress, row=partial(prediction_row, family.prediction), plain=rule)
-    return guided(with_words, every, scale=plan.cfg_scale, rescale=plan.guidance_rescale, interval=plan.guidance_interval, combine=rule,
-                  position=lambda level: family.path.find(level.half_log_snr))
+        rule = combination(plan.guiders, scale=plan.cfg_scale, progress=progress, row=row, plain=rule)
+
+    def position(level: Level) -> float:
+        return family.path.find(level.half_log_snr)
+
+    made = guided(with_words, every, scale=plan.cfg_scale, rescale=plan.guidance_rescale, interval=(low, high), combine=rule, position=position)
+    return standing(made, plan.guiders, progress=progress, row=row, inside=lambda level: low <= position(level) <= high)
 
 
 def _base(said: Estimates) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from latentgen.diffusion.guidance.progress import Progress
-from latentgen.diffusion.guidance.table import weaker
+from latentgen.diffusion.guidance.table import still, weaker
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import asked as levels_asked
 from latentgen.errors import RequestError
@@ -277,7 +277,7 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         progress = Progress(levels, first=first, total=total)
         inside = [low <= family.path.find(level.half_log_snr) <= high for level in asked]
         return sum((sides if several or (guided and here) else 1) + here * prompt.composed * weaker(guiders, progress, level)
-                   for level, here in zip(asked, inside, strict=True))
+                   for level, here in zip(asked, inside, strict=True) if not (here and still(guiders, progress, level)))
 
     total, skipped = request.steps or defaults.steps, full.index(levels[0])
     if "classifier" in guiders:

@@ -1,24 +1,26 @@
 """Several guiders as one: the order in which they act, and what each is given. Knows estimates, levels and the table; makes no estimate itself.
 
+    0             cfg_zero: the first steps of a flow stand still, and no estimate is made
     1  away       cfg_zero: the negative estimate is scaled · perp_neg: what guides is seen from the empty prompt
     2  direction  apg: momentum, length, projection
     3  scale      guidance_scale, or cfg_pp's, which changes with the level:    x0 = x0_pos + (scale - 1) * direction
     4  range      mimic
     5  weak       pag, slg:                                                     x0 + scale * (x0_pos - x0_weak)
-    6             guidance_rescale (in `latentgen.diffusion.guide.guided`, as is the interval outside which 1 to 6 are left out)
+    6             guidance_rescale (in `latentgen.diffusion.guide.guided`, as is the interval outside which 0 to 6 are left out)
     7  slope      classifier (outside the interval neither)
     8  threshold  static_threshold, dynamic_threshold, at every level
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.rules import Momentum, Row, manifold_scale, mimicked, optimised_negative, perpendicular, projected, shortened
+from latentgen.diffusion.guidance.table import still
 from latentgen.diffusion.guidance.thresholds import dynamic_threshold, static_threshold
 from latentgen.diffusion.guide import Estimates, Rule
 from latentgen.diffusion.level import Denoiser, Level
@@ -53,8 +55,6 @@ def combination(guiders: Guiders, *, scale: float, progress: Progress, row: Row,
         return mimicked(x0, anchor + (mimic["scale"] - 1) * direction, percentile=mimic["percentile"]) if mimic else x0
 
     def combine(x: Tensor, level: Level, said: Estimates) -> Tensor:
-        if zero and progress.step(level) < zero["zero_steps"]:
-            return row(level)[0] * x  # an output of 0: on a flow the velocity, so x stays where it is
         rule = plain or (words if said.others else lambda x, level, said: said.positive)
         x0 = rule(x, level, said)
         for name, weak in said.weak.items():
@@ -62,6 +62,22 @@ def combination(guiders: Guiders, *, scale: float, progress: Progress, row: Row,
         return x0
 
     return combine
+
+
+def standing(denoise: Denoiser, guiders: Guiders, *, progress: Progress, row: Row, inside: Callable[[Level], bool]) -> Denoiser:
+    """The denoiser, which is not asked where cfg_zero lets nothing move.
+
+    inside: whether a level lies in the guidance interval.
+    """
+    if not guiders.get("cfg_zero", {}).get("zero_steps"):
+        return denoise
+
+    def stand(x: Tensor, level: Level) -> Tensor:
+        if inside(level) and still(guiders, progress, level):
+            return row(level)[0] * x  # an output of 0: on a flow the velocity, so x stays where it is
+        return denoise(x, level)
+
+    return stand
 
 
 def thresholded(denoise: Denoiser, guiders: Guiders) -> Denoiser:

@@ -132,6 +132,11 @@ def weaker(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, level: 
     return sum(progress.within(level, options["start"], options["end"]) for name, options in guiders.items() if GUIDERS[name].acts == "weak")
 
 
+def still(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, level: Level) -> bool:
+    """Whether nothing moves at a level, so that no network need be asked."""
+    return "cfg_zero" in guiders and progress.step(level) < guiders["cfg_zero"]["zero_steps"]
+
+
 WHAT = {"away": "what is guided away from", "threshold": "how x0 is kept within bounds"}
 
 
