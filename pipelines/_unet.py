@@ -174,7 +174,12 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
     unet = modules["unet"]
     dtype = next(unet.parameters()).dtype  # unet.dtype walks through every module
     x = beside(x, conditioning).to(dtype).contiguous(memory_format=torch.channels_last)
-    return unet(x, level.time, conditioning.tokens.to(dtype), return_dict=False)[0].float()
+    return unet(x, told_time(x, level), conditioning.tokens.to(dtype), return_dict=False)[0].float()
+
+
+def told_time(x: Tensor, level: Level) -> Tensor:
+    """(B,) what the network is told of the level, filled in where x is: a number would be copied there in every step, which waits for a GPU."""
+    return torch.full((len(x),), level.time, device=x.device)
 
 
 def masked_picture(scene: Scene, side: Side) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level, VariancePreserving
 from latentgen.diffusion.schedule import scaled_linear, zero_terminal_snr
 from latentgen.models.family import Conditioning, Defaults, Family, Model, Modules, Part, Signature, Words
+from latentgen.pipelines._unet import told_time
 from latentgen.pixels.latent import LatentSpec
 
 PARTS = (
@@ -34,7 +35,7 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
     unet = modules["unet"]
     dtype = next(unet.parameters()).dtype  # unet.dtype walks through every module
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    return unet(x, level.time, conditioning.tokens.to(dtype), return_dict=False)[0].float()
+    return unet(x, told_time(x, level), conditioning.tokens.to(dtype), return_dict=False)[0].float()
 
 
 def build(model: Model) -> Family:

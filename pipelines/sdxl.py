@@ -17,7 +17,7 @@ from latentgen.conditioning.tokens import TokenizerSpec
 from latentgen.diffusion.level import Level
 from latentgen.errors import ModelError
 from latentgen.models.family import Conditioning, Config, Defaults, Family, Model, Modules, Original, Part, Scene, Side, Signature, Words
-from latentgen.pipelines._unet import beside, check_parts, clip_layers, latent_spec, masked_picture, noise_path, prediction, run_defaults
+from latentgen.pipelines._unet import beside, check_parts, clip_layers, latent_spec, masked_picture, noise_path, prediction, run_defaults, told_time
 
 INDEX = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 
@@ -126,7 +126,7 @@ def predict(modules: Modules, x: Tensor, level: Level, conditioning: Conditionin
     x = beside(x, conditioning).to(dtype).contiguous(memory_format=torch.channels_last)
     scale = extra["guidance"].to(x) if "guidance" in extra else None
     added = {"text_embeds": pooled.to(dtype), "time_ids": extra["sizes"].to(x.device)}
-    return unet(x, level.time, conditioning.tokens.to(dtype), timestep_cond=scale, added_cond_kwargs=added, return_dict=False)[0].float()
+    return unet(x, told_time(x, level), conditioning.tokens.to(dtype), timestep_cond=scale, added_cond_kwargs=added, return_dict=False)[0].float()
 
 
 def build(model: Model) -> Family:

@@ -11,6 +11,14 @@ import torch
 from latentgen.train.text import CONTEXT, VOCABULARY, train_tokenizer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a GPU is skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def make_tiny(folder: Path, *, name: str = "tiny") -> Path:
     """A checkpoint of glyph's architecture, random, 0.3 M parameters, in `folder`."""
     from diffusers import AutoencoderTiny, UNet2DConditionModel

@@ -120,11 +120,11 @@ class Work:
         for n, (one, said, z0) in enumerate(zip(plan.passes, scripts, sources, strict=True) if x is None else ()):
             made = None if x is None else self.larger(plan.passes[n - 1], one, x)
             noise = noise if made is None else noise.sized(spec.shape(one.width, one.height))
-            eps, watch = noise.draw().to(device), Watch()
+            eps, watch = _sent(noise.draw(), device), Watch()
             x = self.start(one, z0, eps, made)
             with self.residency.use("denoiser", dtype=self.precision, policy=plan.residency) as modules:
                 denoise = self.denoisers(one, modules, said, z0, eps)
-                for step in sample(denoise, x, one.levels, noise=lambda noise=noise: noise.draw().to(device), **plan.options):
+                for step in sample(denoise, x, one.levels, noise=lambda noise=noise: _sent(noise.draw(), device), **plan.options):
                     x = step.x
                     watch.see(step.x0, x)
                     yield replace(step, index=done + step.index, total=plan.steps)
@@ -303,6 +303,11 @@ class Work:
 def _since(before: float) -> tuple[float, float]:
     now = time.perf_counter()
     return now - before, now
+
+
+def _sent(noise: Tensor, device: torch.device) -> Tensor:
+    """The noise on a device, without waiting for what that is doing: a GPU reads page-locked memory by itself, in its turn."""
+    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)
 
 
 def _latent_mask(mask: Tensor, factor: int) -> Tensor:
