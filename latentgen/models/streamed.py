@@ -6,6 +6,7 @@ a copy of the block's tree for itself, so that threads may call the same block. 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from latentgen.models.view import view
 
+log = logging.getLogger(__name__)
 LARGEST = 2**29  # bytes of a block that is read in one piece; larger ones are read by their children
 
 
@@ -68,11 +70,19 @@ class Stored:
 
     def numbers(self) -> dict[str, Tensor]:
         """What the block computes with, in main memory (memory-mapped where nothing of it had to be changed)."""
-        if not self.pinned:
-            return {name: self._made(name, tensor) for name, tensor in self.tensors.items()}
+        if self.pinned and (kept := self._locked()) is not None:
+            return kept
+        return {name: self._made(name, tensor) for name, tensor in self.tensors.items()}
+
+    def _locked(self) -> dict[str, Tensor] | None:
+        """The numbers in page-locked memory, made once; None where the system gives no more of it."""
         with self._lock:
-            if self._kept is None:
-                self._kept = {name: self._made(name, tensor).pin_memory() for name, tensor in self.tensors.items()}
+            if self._kept is None and self.pinned:
+                try:
+                    self._kept = {name: self._made(name, tensor).pin_memory() for name, tensor in self.tensors.items()}
+                except RuntimeError as error:
+                    log.info("no page-locked memory for %s, which is read from its file each time: %s", self.name, str(error).splitlines()[0])
+                    self.pinned = False
                 self.done()
             return self._kept
 
@@ -88,18 +98,42 @@ class Stored:
             self.release(tensor)
 
 
-class Lane:
-    """The way of one run's blocks to a device, one after the other; on a GPU the next one comes, on a stream of its own, while this one computes.
+class Side:
+    """A second stream of a GPU, on which weights come while the first one computes.
 
-    Which block follows which is learnt in the first evaluation of the network.
+    Its memory is filled by itself alone, and only after all that was asked of the first stream until then: so what a block held may be given up as soon as
+    the block was asked to run, long before it has, and two blocks are there at most, however far the host is ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def bring(self, numbers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
+        """Copies of tensors, and what tells that they are there."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            made = {name: torch.empty_like(t, device=self.device).copy_(t, non_blocking=t.is_pinned()) for name, t in numbers.items()}
+            return made, self.stream.record_event()
+
+    def arrived(self, sent: Any) -> None:
+        """Let the first stream wait for them."""
+        torch.cuda.current_stream(self.device).wait_event(sent)
+
+
+class Lane:
+    """The way of one run's blocks to a device, one after the other; on a GPU the next one comes while this one computes, from page-locked memory (what lies in
+    a file the host has to read itself). Which block follows which is learnt in the first evaluation of the network.
+
+    Args:
+        side: of a GPU, its second stream; None makes one.
+    """
+
+    def __init__(self, device: torch.device, *, side: Side | None = None) -> None:
         self.device = device
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.side = Side(device) if side is None and device.type == "cuda" else side
         self._after: dict[int, Stored] = {}
         self._last: Stored | None = None
-        self._ahead: dict[int, tuple[dict[str, Tensor], Any]] = {}
+        self._ahead: tuple[Stored, dict[str, Tensor], Any] | None = None
 
     def take(self, stored: Stored) -> dict[str, Tensor]:
         """A block's tensors on the device, by the block's own names."""
@@ -107,26 +141,20 @@ class Lane:
             return {name: tensor.to(self.device) for name, tensor in stored.numbers().items()}
         if self._last is not None:
             self._after[id(self._last)] = stored
-        self._last = stored
-        tensors, sent = self._ahead.pop(id(stored), None) or self._send(stored)
-        now = torch.cuda.current_stream(self.device)
-        now.wait_event(sent)
-        for tensor in tensors.values():
-            tensor.record_stream(now)
-        self._ahead.clear()
-        if (following := self._after.get(id(stored))) is not None and following is not stored:
-            self._ahead[id(following)] = self._send(following)
+        self._last, ahead, self._ahead = stored, self._ahead, None
+        if ahead is None or ahead[0] is not stored:
+            del ahead  # or three blocks would be there
+            ahead = (stored, *self.side.bring(stored.numbers()))
+        _, tensors, sent = ahead
+        self.side.arrived(sent)
+        if (following := self._after.get(id(stored))) is not None and following is not stored and following.pinned:
+            self._ahead = (following, *self.side.bring(following.numbers()))
         return tensors
 
     def give(self, stored: Stored) -> None:
         """The block has run."""
         if not stored.pinned:
             stored.done()
-
-    def _send(self, stored: Stored) -> tuple[dict[str, Tensor], Any]:
-        with torch.cuda.stream(self.side):
-            tensors = {name: torch.empty_like(t, device=self.device).copy_(t, non_blocking=True) for name, t in stored.numbers().items()}
-            return tensors, self.side.record_event()
 
 
 class Streamed(nn.Module):
