@@ -10,11 +10,12 @@ import torch
 from tiny import lively
 
 from latentgen.diffusion.level import Level
+from latentgen.diffusion.table import in_words
 from latentgen.errors import RequestError
 from latentgen.models.approximate.memory import Memory, Tally
 from latentgen.models.approximate.merge import matching
 from latentgen.models.approximate.stack import Foretold, block_names, distance, read_by_attention
-from latentgen.models.approximate.table import APPROXIMATIONS, approximated, approximation, clashes, kind_of, said, saved
+from latentgen.models.approximate.table import APPROXIMATIONS, approximated, clashes, kind_of, saved
 from latentgen.models.asked import Asked
 from latentgen.models.family import Conditioning
 from latentgen.models.view import StandIn, view
@@ -315,15 +316,15 @@ def test_the_table():
     assert kind_of("diffusers.UNet2DConditionModel") == "unet"
     assert {name for name, info in APPROXIMATIONS.items() if info.defaults.keys() != info.options.keys()} == set()
     for name, info in APPROXIMATIONS.items():
-        info.check(name, info.defaults)
-    assert said({"taylor": {"interval": 3, "order": 1}}) == "taylor interval 3 order 1"
+        APPROXIMATIONS.check({name: info.defaults})
+    assert in_words({"taylor": {"interval": 3, "order": 1}}) == "taylor interval 3 order 1"
     assert clashes(["first_block", "taylor"]) == ("first_block", "taylor") and clashes(["deep_cache", "token_merging"]) is None
     with pytest.raises(RequestError, match="did you mean 'first_block'"):
-        approximation("firstblock")
+        APPROXIMATIONS.find("firstblock")
     with pytest.raises(RequestError, match="no such option: its options are threshold"):
-        APPROXIMATIONS["first_block"].check("first_block", {"treshold": 1})
-    with pytest.raises(RequestError, match="threshold of first_block is 2: give a number from 0 to 1"):
-        APPROXIMATIONS["first_block"].check("first_block", {"threshold": 2})
+        APPROXIMATIONS.check({"first_block": {"treshold": 1}})
+    with pytest.raises(RequestError, match="first_block's threshold is 2: give a number from 0 to 1"):
+        APPROXIMATIONS.check({"first_block": {"threshold": 2}})
     tally = Tally()
     tally.count(True, 3)
     tally.count(False)

@@ -105,7 +105,7 @@ def test_refused_by_name_where_there_are_no_such_blocks(load, kind, name):
 
 @pytest.mark.parametrize(("said", "problem"), [
     ("deepcache", "did you mean 'deep_cache'"), ("tome", "did you mean 'token_merging'"), ("TeaCache", "did you mean 'tea_cache'"),
-    ("fbcache", "did you mean 'first_block'"), ("taylor_seer", "did you mean 'taylor'"), ("nonsense!", "there are first_block"), ({"deep_cache": {"intervall": 3}}, "no such option"), ({"deep_cache": {"interval": 0}}, "from 1 to 20"),
+    ("fbcache", "did you mean 'first_block'"), ("taylor_seer", "did you mean 'taylor'"), ("nonsense!", "the approximations are first_block"), ({"deep_cache": {"intervall": 3}}, "no such option"), ({"deep_cache": {"interval": 0}}, "from 1 to 20"),
     ({"deep_cache": {"interval": 2.5}}, "a whole number"), ({"token_merging": {"ratio": 0.9}}, "from 0 to 0.75"), (3, "expected names of approximations"),
     ([], "expected names of approximations"), (["deep_cache", "deep_cache"], "expected names of approximations")])
 def test_what_cannot_be_is_refused_while_planning(pipe, said, problem):
@@ -122,7 +122,7 @@ def test_the_command_tells_of_one():
     assert json.loads(run("tea_cache", "--json").stdout) in json.loads(run("--json").stdout)
     assert all(name in run().stdout for name in APPROXIMATIONS)
     missing = run("tome")
-    assert (missing.exit_code, missing.stderr) == (2, "error: 'tome' is no approximation: did you mean 'token_merging'?\n")
+    assert (missing.exit_code, missing.stderr) == (2, f"error: unknown approximation 'tome': did you mean 'token_merging'? the approximations are {', '.join(APPROXIMATIONS)}.\n")
 
 
 def test_two_for_the_same_work_are_refused(load):

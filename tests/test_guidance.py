@@ -11,10 +11,11 @@ from latentgen.diffusion.guidance.classify import classified
 from latentgen.diffusion.guidance.combine import combination, standing, thresholded
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.rules import manifold_scale, optimised_negative, quantile
-from latentgen.diffusion.guidance.table import ELSEWHERE, GUIDERS, filled, guider, spread
+from latentgen.diffusion.guidance.table import GUIDERS, filled
 from latentgen.diffusion.guidance.thresholds import dynamic_threshold
 from latentgen.diffusion.guide import Estimates
 from latentgen.diffusion.schedule import scaled_linear
+from latentgen.diffusion.table import spread
 from latentgen.errors import RequestError
 
 FLOW, VP = RectifiedFlow(), VariancePreserving(scaled_linear(1000, 0.00085, 0.012))
@@ -266,9 +267,9 @@ def test_guiders_that_cannot_be(said, word):
 
 def test_the_table_is_whole():
     for name, info in GUIDERS.items():
-        assert set(info.options) == set(info.defaults) and guider(name) is info
+        assert set(info.options) == set(info.defaults) and GUIDERS.find(name) is info
         filled({name: {}})
-    assert {name for name in ELSEWHERE.values()} <= {*GUIDERS, "guidance_rescale"}
+    assert {*GUIDERS.elsewhere.values()} <= {*GUIDERS, "guidance_rescale"}
     assert spread("apg") == {"apg": {}} and spread(["apg", {"slg": {"scale": 1}}]) == {"apg": {}, "slg": {"scale": 1}} and spread({"apg": None}) == {"apg": {}}
     for wrong in (7, [], ["apg", "apg"], {"apg": 3}, [7], {7: {}}):
         with pytest.raises(ValueError):

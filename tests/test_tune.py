@@ -15,7 +15,7 @@ import latentgen
 from latentgen.bench import tune as tuning
 from latentgen.cli import app
 from latentgen.errors import OutputError, RequestError
-from latentgen.models.approximate.table import said
+from latentgen.diffusion.table import in_words
 from latentgen.run.kept import config_folder, keep, read_kept
 from latentgen.run.state import read_state
 from latentgen.run.tuned import Tuned, keep_tuned, read_tuned, tuned_key
@@ -42,7 +42,7 @@ def key_of(pipe):
 def test_candidates_are_what_requests_take():
     for kind, count in (("unet", 17), ("transformer", 11)):
         made = tuning.candidates(kind)
-        assert len({said(each) for each in made}) == len(made) == count and all(made)
+        assert len({in_words(each) for each in made}) == len(made) == count and all(made)
 
 
 def test_tuning_measures_all_and_keeps_the_fastest_that_holds(tiny_folder, fresh, config, monkeypatch):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentgen.diffusion.table import in_words
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import Kind, kind_of, said
+from latentgen.models.approximate.table import Kind, kind_of
 from latentgen.run.request import Request
 from latentgen.run.tuned import Tuned, keep_tuned, tuned_key
 
@@ -70,7 +71,7 @@ def tune(model: str | Path = "glyph", *, quality: float = 0.98, prompts: Sequenc
     embed = _embedder(tower)
     pipe = load(model, device=device, dtype=dtype, progress=False)
     kind = kind_of(next(part.cls for part in pipe.family.parts if "denoiser" in part.stages))
-    tried: dict[str, Approximate] = {EXACT: {}} | {said(each): each for each in candidates(kind)}
+    tried: dict[str, Approximate] = {EXACT: {}} | {in_words(each): each for each in candidates(kind)}
     requests = [Request(**{"prompt": prompt, "seed": n, **said_too}) for n, prompt in enumerate(prompts)]
     for each in tried.values():
         pipe.plan(requests[0].replace(approximate=each))  # what cannot be is known before the first picture

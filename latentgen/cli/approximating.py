@@ -17,28 +17,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for 
 
 def approximations(name: Name = None, as_json: AsJson = False) -> None:
     """List what a run may leave out for speed, with options and papers, or tell all about one. None is ever used without being asked for."""
-    from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, approximation
+    from latentgen.cli.listing import show
+    from latentgen.models.approximate.table import APPROXIMATIONS, KINDS
 
-    if name is not None:
-        approximation(name)  # raises, with the nearest
-    rows = [{"approximation": key, "about": info.about, "works_on": KINDS[info.kind], "paper": info.paper,
-             "options": {each: {"default": info.defaults[each], "takes": option.takes, "about": option.about} for each, option in info.options.items()}}
-            for key, info in APPROXIMATIONS.items() if name in (None, key)]
-    if as_json:
-        typer.echo(json.dumps(rows if name is None else rows[0], ensure_ascii=False, indent=1))
-        return
-    if name is not None:
-        (row,) = rows
-        typer.echo("\n".join(f"{key.replace('_', ' '):<21} {row[key]}" for key in ("approximation", "about", "works_on", "paper")))
-        for key, said in row["options"].items():
-            typer.echo(f"  {key:<19} {said['takes']}, {said['default']} unless given: {said['about']}")
-        return
-    from latentgen.cli.reports import _table
-
-    _table(("approximation", "what it does", "works on", "options", "paper"),
-           [(row["approximation"], row["about"], row["works_on"], ", ".join(f"{key} {said['default']}" for key, said in row["options"].items()),
-             row["paper"])
-            for row in rows])
+    show(APPROXIMATIONS, name, lambda info: {"works_on": KINDS[info.kind]}, column="works_on", as_json=as_json)
 
 
 def tune(model: Annotated[str, typer.Argument(help="A model's name, a folder, a .safetensors file or a hub name.", metavar="NAME")] = "glyph",

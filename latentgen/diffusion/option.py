@@ -1,8 +1,9 @@
-"""What an option of a sampler or a guider takes. Knows values and words for them; knows neither samplers nor guiders."""
+"""What an option takes. Knows values and words for them; knows nothing of what has them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latentgen.errors import RequestError
@@ -44,3 +45,15 @@ class Option:
             return " or ".join(repr(choice) for choice in self.choices)
         kind = "a whole number" if self.whole else "a number"
         return f"{kind} of at least {self.low:g}" if self.high == math.inf else f"{kind} from {self.low:g} to {self.high:g}"
+
+
+def check_options(what: str, takes: Mapping[str, Option], said: Mapping[str, object], *, whose: str = "") -> None:
+    """RequestError for an option that is not there, or a value that the option does not take.
+
+    what: whose options they are, as "the sampler 'ddim'"; whose: the same before an option's name, as "apg's ".
+    """
+    for name, value in said.items():
+        if name not in takes:
+            has = f"its options are {', '.join(takes)}" if takes else "it has none"
+            raise RequestError(f"{name} is given but {what} has no such option: {has}.")
+        takes[name].check(f"{whose}{name}", value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentgen.diffusion.level import Denoiser, Level
 from latentgen.diffusion.names import CFG_PP, Ours, foreign, nearest
-from latentgen.diffusion.option import Option
+from latentgen.diffusion.option import Option, check_options
 from latentgen.diffusion.samplers import adams, langevin, multistep, ode, one_step
 from latentgen.diffusion.samplers.steps import Noise, Step
 from latentgen.errors import RequestError
@@ -59,11 +59,7 @@ class SamplerInfo:
 
     def check(self, options: Mapping[str, object]) -> None:
         """RequestError for an option that it does not have, or a value that the option does not take."""
-        for name, value in options.items():
-            if name not in self.options:
-                has = f"its options are {', '.join(self.options)}" if self.options else "it has none"
-                raise RequestError(f"{name} is given but the sampler {self.generator.__name__!r} has no such option: {has}.")
-            self.options[name].check(name, value)
+        check_options(f"the sampler {self.generator.__name__!r}", self.options, options)
 
     @property
     def defaults(self) -> dict[str, Any]:

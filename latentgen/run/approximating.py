@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, approximation, clashes, filled, kind_of
+from latentgen.models.approximate.table import APPROXIMATIONS, KINDS, clashes, kind_of
 
 if TYPE_CHECKING:
     from latentgen.models.family import Family
@@ -31,10 +31,9 @@ def approximations_of(request: Request, family: Family, refuse: Callable[[str], 
     turned = "transformer" in kinds and any(one.grid.edgeless for one in passes)
     if tuned is not None and request.approximate is None:
         notes.append(f"tuned, but nothing is left out: {TURNED}" if turned and tuned.approximate else str(tuned))
-        return {} if turned else filled(tuned.approximate)
+        return {} if turned else APPROXIMATIONS.filled(tuned.approximate)
     said = request.approximate or {}
-    for name, options in said.items():
-        approximation(name).check(name, options)
+    APPROXIMATIONS.check(said)
     fit = {}
     for name in said:
         info = APPROXIMATIONS[name]
@@ -47,7 +46,7 @@ def approximations_of(request: Request, family: Family, refuse: Callable[[str], 
             fit[name] = said[name]
     if (both := clashes(fit)) is not None:
         raise RequestError(f"{both[0]} and {both[1]} both decide which blocks are left out: give one of them")
-    return filled(fit)
+    return APPROXIMATIONS.filled(fit)
 
 
 def decided_alone(approximate: Mapping[str, Mapping[str, Any]], refuse: Callable[[str], None], *, way: str = "cfg") -> dict[str, Mapping[str, Any]]:

@@ -15,8 +15,9 @@ from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.guidance.table import still, weaker
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.sample import asked as levels_asked
+from latentgen.diffusion.table import in_words
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import APPROXIMATIONS, said
+from latentgen.models.approximate.table import APPROXIMATIONS
 from latentgen.models.family import Family
 from latentgen.run.approximating import approximations_of, decided_alone
 from latentgen.run.guiding import OPTIONS, guidance_of, idle
@@ -201,9 +202,9 @@ class Plan:
         if told := [f"{name} {value}" for name in TOLD if (value := getattr(self.request, name)) != fields[name].default]:
             rows["told"] = ", ".join(told)
         if self.guiders:
-            rows["guiders"] = "; ".join(" ".join([name, *(f"{key} {value}" for key, value in options.items())]) for name, options in self.guiders.items())
+            rows["guiders"] = in_words(self.guiders)
         if self.approximate:
-            rows["approx"] = said(self.approximate)
+            rows["approx"] = in_words(self.approximate)
         if self.pictures:
             rows["prompt"] = "; ".join(f"seed {plan.seeds[0]}: {short(plan.prompt.text)}, {plan.prompt}" for plan in self.pictures[:SHOWN])
             rows["prompt"] += f"; and {len(self.pictures) - SHOWN} more" if self.pictures[SHOWN:] else ""

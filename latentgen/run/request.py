@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from latentgen.conditioning.prompt import check_text, shown
-from latentgen.diffusion.guidance.table import spread
+from latentgen.diffusion.table import spread
 from latentgen.diffusion.sample import SAMPLERS
 from latentgen.errors import RequestError
 

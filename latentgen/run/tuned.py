@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from latentgen.diffusion.table import in_words
 from latentgen.errors import RequestError
-from latentgen.models.approximate.table import APPROXIMATIONS, said
+from latentgen.models.approximate.table import APPROXIMATIONS
 from latentgen.run.kept import keep, read_kept
 
 NAME = "tuned"
@@ -27,7 +28,7 @@ class Tuned:
     speedup: float
 
     def __str__(self) -> str:
-        what = said(self.approximate) or "nothing"
+        what = in_words(self.approximate) or "nothing"
         return f"tuned on this machine: {what}, {self.speedup:.2f} times as fast at a quality of {self.quality:g}; pass approximate={{}} for the exact picture"
 
 
@@ -48,8 +49,7 @@ def read_tuned(key: str, model: str) -> Tuned:
         raise RequestError(f"tuned is given but nothing is known of {model} here: {cure}")
     try:
         made = Tuned(dict(found["approximate"]), float(found["quality"]), float(found["speedup"]))
-        for name, options in made.approximate.items():
-            APPROXIMATIONS[name].check(name, options)
+        APPROXIMATIONS.check(made.approximate)
     except (KeyError, TypeError, ValueError, RequestError) as error:
         raise RequestError(f"what was kept of tuning {model} cannot be read ({type(error).__name__}): {cure}") from error
     return made

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from latentgen.diffusion.guidance.progress import Progress
 from latentgen.diffusion.level import Level
 from latentgen.diffusion.option import Option
+from latentgen.diffusion.table import Chosen, Table
 from latentgen.errors import RequestError
 
 Acts = Literal["away", "direction", "scale", "range", "weak", "slope", "threshold"]
@@ -44,7 +44,15 @@ LIMIT = Option("the largest value that latents should have, where 1 is their usu
 PERCENTILE = Option("share of the values that stay as they are", 0.5, 1)
 LAYERS = Option("which layers", layers=True)
 
-GUIDERS: dict[str, GuiderInfo] = {
+_ELSEWHERE = {  # what papers and other programs call them
+    "adaptive_projected_guidance": "apg", "cfg++": "cfg_pp", "cfgpp": "cfg_pp", "cfg_zero_star": "cfg_zero", "cfg_zero*": "cfg_zero",
+    "classifier_free_zero_star_guidance": "cfg_zero", "perp_neg_guider": "perp_neg", "perturbed_attention_guidance": "pag",
+    "skip_layer_guidance": "slg", "skip_layer_guidance_dit": "slg", "dynamic_thresholding": "dynamic_threshold", "dynthres": "mimic",
+    "dynamic_thresholding_full": "mimic", "dynamic_thresholding_simple": "mimic", "thresholding": "dynamic_threshold", "clip": "classifier",
+    "clip_guidance": "classifier", "rescale_cfg": "guidance_rescale",
+}
+
+GUIDERS = Table("guider", {
     "cfg_zero": GuiderInfo(
         "the negative estimate is scaled to lie nearest to the positive one, and the first steps of a flow stand still",
         "Fan et al. 2025 (CFG-Zero*)",
@@ -79,44 +87,17 @@ GUIDERS: dict[str, GuiderInfo] = {
     "dynamic_threshold": GuiderInfo(
         "x0 is clamped at its own percentile and shrunk", "Saharia et al. 2022 (Imagen)", "threshold", {"percentile": PERCENTILE, "limit": LIMIT},
         {"percentile": 0.995, "limit": 3.0}),
-}
-
-ELSEWHERE = {  # what papers and other programs call them
-    "adaptive_projected_guidance": "apg", "cfg++": "cfg_pp", "cfgpp": "cfg_pp", "cfg_zero_star": "cfg_zero", "cfgzerostar": "cfg_zero",
-    "cfg_zero*": "cfg_zero",
-    "classifier_free_zero_star_guidance": "cfg_zero", "perpneg": "perp_neg", "perpnegguider": "perp_neg", "perturbedattentionguidance": "pag",
-    "perturbed_attention_guidance": "pag", "skip_layer_guidance": "slg", "skiplayerguidancedit": "slg",
-    "dynamic_thresholding": "dynamic_threshold", "dynthres": "mimic", "dynamicthresholdingfull": "mimic", "dynamicthresholdingsimple": "mimic",
-    "thresholding": "dynamic_threshold", "clip": "classifier", "clip_guidance": "classifier", "rescale_cfg": "guidance_rescale",
-}
+}, elsewhere=_ELSEWHERE)
 
 
-def guider(name: str) -> GuiderInfo:
-    """The guider of this exact name; otherwise RequestError, which knows what other programs call it."""
-    if name in GUIDERS:
-        return GUIDERS[name]
-    meant = ELSEWHERE.get(str(name).lower().replace("-", "_").replace(" ", "_"))
-    near = [meant] if meant else difflib.get_close_matches(str(name).lower(), GUIDERS, n=1, cutoff=0.6)
-    if meant == "guidance_rescale":
-        raise RequestError(f"unknown guider {name!r}: that is an option of its own here, guidance_rescale.")
-    raise RequestError(f"unknown guider {name!r:.60}: {f'did you mean {near[0]!r}? ' if near else ''}the guiders are {', '.join(GUIDERS)}.")
-
-
-def filled(said: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+def filled(said: Chosen | None) -> dict[str, dict[str, Any]]:
     """Guiders as they were asked for, in the order in which they act, with all their options.
 
     Raises:
         RequestError: an unknown name, an option that it does not have or a value that the option does not take, a share that ends before it starts,
             or two that cannot act together.
     """
-    said = said or {}
-    for name, options in said.items():
-        info = guider(name)
-        for option, value in options.items():
-            if option not in info.options:
-                raise RequestError(f"{option} is given but the guider {name!r} has no such option: its options are {', '.join(info.options)}.")
-            info.options[option].check(f"{name}'s {option}", value)
-    made = {name: {**info.defaults, **said[name]} for name, info in GUIDERS.items() if name in said}
+    made = GUIDERS.filled(said or {})
     for name, options in made.items():
         if options.get("start", 0) >= options.get("end", 1):
             raise RequestError(f"{name} starts at {options['start']:g} and ends at {options['end']:g}: expected the start before the end.")
@@ -127,32 +108,14 @@ def filled(said: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, 
     return made
 
 
-def weaker(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, level: Level) -> int:
+def weaker(guiders: Chosen, progress: Progress, level: Level) -> int:
     """How many of these guiders leave a weaker network behind at a level."""
     return sum(progress.within(level, options["start"], options["end"]) for name, options in guiders.items() if GUIDERS[name].acts == "weak")
 
 
-def still(guiders: Mapping[str, Mapping[str, Any]], progress: Progress, level: Level) -> bool:
+def still(guiders: Chosen, progress: Progress, level: Level) -> bool:
     """Whether nothing moves at a level, so that no network need be asked."""
     return "cfg_zero" in guiders and progress.step(level) < guiders["cfg_zero"]["zero_steps"]
 
 
 WHAT = {"away": "what is guided away from", "threshold": "how x0 is kept within bounds"}
-
-
-def spread(said: Any) -> dict[str, dict[str, Any]]:
-    """What was said of guiders, in any of its forms, as name -> options: "apg", ["apg", "slg"], {"apg": {"eta": 0.5}}, {"apg": None}.
-
-    Raises:
-        ValueError: another form, or a name twice.
-    """
-    several: Sequence[Any] = [said] if isinstance(said, (str, Mapping)) else said if isinstance(said, (list, tuple)) else ()
-    made: dict[str, dict[str, Any]] = {}
-    for one in several:
-        for name, options in {one: None}.items() if isinstance(one, str) else one.items() if isinstance(one, Mapping) else ((None, None),):
-            if not isinstance(name, str) or name in made or not (options is None or isinstance(options, Mapping)):
-                raise ValueError("not guiders")
-            made[name] = dict(options or {})
-    if not made:
-        raise ValueError("no guider")
-    return made

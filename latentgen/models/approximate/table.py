@@ -3,7 +3,6 @@ family."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from latentgen.diffusion.option import Option
-from latentgen.errors import RequestError
+from latentgen.diffusion.table import Chosen, Table
 from latentgen.models.approximate import deep, merge, stack
 from latentgen.models.approximate.memory import Tally
 from latentgen.models.asked import Asked
@@ -53,13 +52,6 @@ class Approximation:
         keywords = self.apply.__kwdefaults__ or {}
         return {name: keywords[name] for name in self.options}
 
-    def check(self, name: str, options: Mapping[str, object]) -> None:
-        """RequestError for an option that it does not have, or a value that the option does not take."""
-        for option, value in options.items():
-            if option not in self.options:
-                raise RequestError(f"{option} is given to {name}, which has no such option: its options are {', '.join(self.options)}")
-            self.options[option].check(f"{option} of {name}", value)
-
 
 def _first_block(net: nn.Module, setting: Setting, *, threshold: float = 0.08) -> nn.Module:
     return stack.skipping(net, setting.asked, lambda: stack.Steady(threshold), setting.tally)
@@ -82,7 +74,12 @@ def _token_merging(net: nn.Module, setting: Setting, *, ratio: float = 0.5, deep
 
 
 INTERVAL = Option("of this many calls one is computed in full", 1, 20, whole=True)
-APPROXIMATIONS: dict[str, Approximation] = {
+_ELSEWHERE = {  # what other programs call them
+    "tome": "token_merging", "tomesd": "token_merging", "tomeratio": "token_merging", "tokenmergingratio": "token_merging",
+    "teacache": "tea_cache", "fbcache": "first_block", "fbc": "first_block", "firstblockcache": "first_block", "wavespeed": "first_block",
+    "paracache": "first_block", "deepcache": "deep_cache", "taylorseer": "taylor", "taylorseercache": "taylor",
+}
+APPROXIMATIONS = Table("approximation", {
     "first_block": Approximation(
         _first_block, "all blocks but the first are left out where that one changes its input nearly as before", "Cheng et al. 2025 (ParaAttention)",
         "transformer", "block passes", "stack", {"threshold": Option("relative change under which the rest is left out; 0 leaves nothing out", 0, 1)},
@@ -103,32 +100,12 @@ APPROXIMATIONS: dict[str, Approximation] = {
         "tokens of self-attention", "tokens", {"ratio": Option("share of the tokens that is merged; 0 merges none", 0, 0.75),
                                                "deepest": Option("merge where the grid is at most so much smaller than the "
                                                                  "largest that has attention", 1, 8, whole=True)}),
-}
-ELSEWHERE = {  # what other programs call them, "-" and "_" left out
-    "tome": "token_merging", "tomesd": "token_merging", "tomeratio": "token_merging", "tokenmergingratio": "token_merging",
-    "teacache": "tea_cache", "fbcache": "first_block", "fbc": "first_block", "firstblockcache": "first_block", "wavespeed": "first_block",
-    "paracache": "first_block", "deepcache": "deep_cache", "taylorseer": "taylor", "taylorseercache": "taylor",
-}
-Chosen = Mapping[str, Mapping[str, Any]]
+}, elsewhere=_ELSEWHERE)
 
 
 def kind_of(cls: str) -> Kind:
     """The kind of network that a declared class is, "diffusers.UNet2DConditionModel"."""
     return "unet" if "UNet" in cls else "transformer"
-
-
-def approximation(name: str) -> Approximation:
-    """The approximation of that name.
-
-    Raises:
-        RequestError: there is none.
-    """
-    if name not in APPROXIMATIONS:
-        meant = ELSEWHERE.get(name.lower().replace("-", "").replace("_", "").replace(" ", ""))
-        near = [meant] if meant else difflib.get_close_matches(name, APPROXIMATIONS, 1, cutoff=0.5)
-        raise RequestError(f"{name!r:.60} is no approximation: " + (f"did you mean {near[0]!r}?" if near
-                                                                    else f"there are {', '.join(APPROXIMATIONS)}"))
-    return APPROXIMATIONS[name]
 
 
 def approximated(net: nn.Module, chosen: Chosen, asked: Asked, *, shape: tuple[int, int], tallies: dict[str, Tally]) -> nn.Module:
@@ -148,16 +125,6 @@ def saved(tallies: Mapping[str, Tally]) -> list[str]:
     """A sentence about what each approximation has saved so far."""
     return [f"{name}: {tally.saved} of {tally.asked} {(info := APPROXIMATIONS[name]).counts} were " + ("merged away" if info.group == "tokens" else "reused")
             for name, tally in tallies.items()]
-
-
-def filled(chosen: Chosen) -> dict[str, dict[str, Any]]:
-    """What was chosen, in the order of the table, with every option."""
-    return {name: {**info.defaults, **chosen[name]} for name, info in APPROXIMATIONS.items() if name in chosen}
-
-
-def said(chosen: Chosen) -> str:
-    """What was chosen, with every option, in words."""
-    return ", ".join(" ".join([name, *(f"{option} {value}" for option, value in options.items())]) for name, options in chosen.items())
 
 
 def clashes(names: Iterable[str]) -> tuple[str, str] | None:
