@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import io
+import json
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from latentgen.errors import OutputError, RequestError
 from latentgen.pixels.film import WRITERS, check_film, write_film
+from latentgen.pixels.mp4 import is_mp4, read_comment, write_comment
 from latentgen.pixels.save import read_metadata
 
 TEXT = {"latentgen": '{"prompt": "caf\u00e9 \u732b"}', "parameters": "a red heart\nSteps: 3, Seed: 1, Size: 40x24"}
@@ -64,8 +68,41 @@ def test_an_mp4_has_its_frames(tmp_path: Path) -> None:
         stream = film.streams.video[0]
         seen = [frame.to_image() for frame in film.decode(stream)]
         assert stream.average_rate == Fraction(25, 2) and seen[0].size == (42, 24) and len(seen) == 7
-        assert "caf" in film.metadata["comment"]
+        assert json.loads(film.metadata["comment"]) == TEXT == read_metadata(path) == read_metadata(path.read_bytes())
     assert max(far(a.crop((0, 0, 41, 23)), b) for a, b in zip(seen, frames(7, (41, 23)), strict=True)) < 12
+
+
+def boxes(*nested: bytes, text: bytes, after: bytes = b"") -> bytes:
+    """A file with nothing but a comment, by the definition of its boxes."""
+    made = struct.pack(">I4sII", 16 + len(text), b"data", 1, 0) + text
+    for kind in reversed(nested):
+        made = (b"\0\0\0\0" if kind == b"meta" else b"") + made
+        made = struct.pack(">I4s", 8 + len(made), kind) + made
+    return struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4sQ", 1, b"mdat", 20) + b"1234" + made + after
+
+
+NESTED = (b"moov", b"udta", b"meta", b"ilst", b"\xa9cmt")
+
+
+@pytest.mark.parametrize("new", ["", "{}", "caf\u00e9 " * 100])
+@pytest.mark.parametrize("after", [b"", struct.pack(">I4s", 12, b"free") + b"rest"])
+def test_the_comment_of_an_mp4_is_written_anew(new: str, after: bytes) -> None:
+    file = io.BytesIO(boxes(*NESTED, text=b"old", after=after))
+    assert is_mp4(file) and read_comment(file, most=99) == "old" and read_comment(file, most=2) == ""
+    write_comment(file, new)
+    assert file.getvalue() == boxes(*NESTED, text=new.encode(), after=after) and read_comment(file, most=9999) == new
+
+
+def test_a_damaged_mp4_has_no_comment() -> None:
+    whole = boxes(*NESTED, text=b'{"a": "b"}')
+    assert read_metadata(whole) == {"a": "b"}
+    for n in range(8, len(whole)):
+        assert read_metadata(whole[:n]) == {}
+    for at in range(8, len(whole) - 20):
+        read_metadata(whole[:at] + b"\xff" + whole[at + 1:])  # whatever it says, it is looked through and that is all
+    assert read_metadata(whole[:8] + struct.pack(">I4s", 8, b"free") * 2000 + whole[8:]) == {}
+    with pytest.raises(ValueError, match="no comment"):
+        write_comment(io.BytesIO(boxes(*NESTED[:3], text=b"old")), "new")
 
 
 def test_without_av_an_mp4_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import latentgen
+from latentgen.cli import app
 from latentgen.errors import OutputError, RequestError
 from latentgen.run.interpolate import NUMBERS, between, places
 from latentgen.run.request import Request
@@ -107,8 +109,10 @@ def test_a_film_that_was_broken_off_goes_on(pipe: Any, tmp_path: Path) -> None:
         pipe.interpolate(["a cat", "a dog"], frames=4, seed=1, folder=tmp_path / "f", **SAID)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".gif", ".webp"])
-def test_the_file_makes_the_film_again(pipe: Any, tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".webp", ".mp4"])
+def test_the_file_makes_the_film_again(pipe: Any, tiny_folder: Path, tmp_path: Path, suffix: str) -> None:
+    if suffix == ".mp4":
+        pytest.importorskip("av")
     film = pipe.interpolate(["a cat", "a dog"], frames=3, loop=True, seed=[1, 2], **SAID)
     path, = film.save(tmp_path / f"a{suffix}", fps=5)
     found = latentgen.read_recipe(path)
@@ -117,6 +121,10 @@ def test_the_file_makes_the_film_again(pipe: Any, tmp_path: Path, suffix: str) -
     assert done.identical, done.differences
     again, = done.result.save(tmp_path / f"b{suffix}", fps=5)
     assert again.read_bytes() == path.read_bytes()
+    words = ["replay", str(path), "--model", str(tiny_folder), "--quiet", "-o"]
+    done = CliRunner().invoke(app, [*words, str(tmp_path / f"c{suffix}")])
+    assert (done.exit_code, done.stdout) == (0, f"identical\n{tmp_path / f'c{suffix}'}\n"), done.output
+    assert "expected .gif" in CliRunner().invoke(app, [*words, str(tmp_path / "c.jpg")]).stderr
 
 
 def test_replay_tells_which_frame_differs(pipe: Any) -> None:

@@ -63,8 +63,8 @@ def replay(file: File, image: Source = None, mask: Mask = None, reference: Refer
     from latentgen.run.recipe import Foreign, as_recipe
     from latentgen.run.replay import replay as again
 
-    _check_output(output)
     found = as_recipe(file)
+    _check_output(output, film="film" in getattr(found, "data", {}))
     if isinstance(found, Foreign) and not anyway:
         raise RequestError(f"{found.tool} made this picture, which cannot be made again exactly: `latentgen recipe` shows what it says, "
                            "and --anyway makes the nearest picture")
@@ -128,11 +128,14 @@ def resume(state: Kept, save_every: Every = None, *, quality: int | None, **said
     make(begin, loading=loading, quality=quality, state=state, **shown)
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path | None, *, film: bool) -> None:
     """Find before anything runs what would be found when it is saved."""
+    from latentgen.pixels.film import check_film
     from latentgen.pixels.save import SUFFIXES, ending
 
-    if output is not None and output.suffix.lower() not in SUFFIXES:
+    if output is not None and film:
+        check_film(output, 12)
+    elif output is not None and output.suffix.lower() not in SUFFIXES:
         raise RequestError(f"the file name {output.name!r} {ending(output)}: expected .png, .jpg (.jpeg) or .webp")
     if output is not None and not output.parent.is_dir():
         raise OutputError(f"the folder {str(output.parent)!r} does not exist: make it first, or choose another")

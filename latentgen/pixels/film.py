@@ -20,6 +20,7 @@ from PIL import GifImagePlugin, Image, PngImagePlugin
 
 from latentgen.errors import OutputError, RequestError
 from latentgen.pixels.image import extended
+from latentgen.pixels.mp4 import write_comment
 from latentgen.pixels.save import checked_metadata, ending, exif_bytes, whole_file
 
 WEBP_QUALITY = 90
@@ -58,7 +59,7 @@ def write_film(path: str | Path, frames: Iterable[Image.Image], *, fps: float, l
         frames: pictures of one size, taken one by one.
         fps: frames a second, 0.1 to 100. GIF counts in hundredths of a second, and players show none faster than 50.
         loop: begins again at its end (MP4 leaves that to the player).
-        metadata: asked for after the last frame (for MP4 before the first): the text to keep in the file.
+        metadata: asked for after the last frame: the text to keep in the file.
 
     Raises:
         RequestError: see `check_film`; no frames, or of several sizes. OutputError: the file cannot be written; nothing partial is left.
@@ -69,7 +70,7 @@ def write_film(path: str | Path, frames: Iterable[Image.Image], *, fps: float, l
             size = size or image.size
             if image.size != size:
                 raise RequestError(f"frame {n + 1} is {image.width}x{image.height} and the first is {size[0]}x{size[1]}: expected frames of one size")
-            writer = writer or WRITERS[path.suffix.lower()](file, size, rate, loop, metadata)
+            writer = writer or WRITERS[path.suffix.lower()](file, size, rate, loop)
             writer.add(image.convert("RGB"), n / rate, (n + 1) / rate)
         if writer is None:
             raise RequestError("there are no frames to write: pass at least one")
@@ -80,7 +81,7 @@ def write_film(path: str | Path, frames: Iterable[Image.Image], *, fps: float, l
 class Gif:
     """A palette of its own for every frame; times in hundredths of a second, rounded so that the whole keeps its length."""
 
-    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool, metadata: object) -> None:
+    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool) -> None:
         self._file = file
         file.write(b"GIF89a" + struct.pack("<HHBBB", *size, 0x70, 0, 0))
         if loop:
@@ -104,7 +105,7 @@ class Gif:
 class Webp:
     """Every frame a still picture of its own in the container's ANMF chunk."""
 
-    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool, metadata: object) -> None:
+    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool) -> None:
         self._file, self._size = file, _u24(size[0] - 1) + _u24(size[1] - 1)
         file.write(b"RIFF\0\0\0\0WEBP" + _riff(b"VP8X", bytes([0x0A, 0, 0, 0]) + self._size))  # flags: animation and EXIF
         file.write(_riff(b"ANIM", b"\xff\xff\xff\xff" + struct.pack("<H", 0 if loop else 1)))
@@ -126,7 +127,7 @@ class Webp:
 class Apng:
     """Every frame exact; a program that knows no animated PNG shows the first."""
 
-    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool, metadata: object) -> None:
+    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool) -> None:
         self._file, self._size, self._loop, self._frames, self._number = file, size, loop, 0, 0
         file.write(b"\x89PNG\r\n\x1a\n" + _png(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)))
         self._head = file.tell()
@@ -164,10 +165,10 @@ class Apng:
 class Mp4:
     """H.264 in 4:2:0, which every player knows; odd sizes are filled up by their edge. Kept text: the entries as one JSON comment."""
 
-    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool, metadata: Callable[[], Mapping[str, str]]) -> None:
-        self._av, self._odd = _av(), (size[0] % 2, size[1] % 2)
+    def __init__(self, file: BinaryIO, size: tuple[int, int], rate: Fraction, loop: bool) -> None:
+        self._file, self._av, self._odd = file, _av(), (size[0] % 2, size[1] % 2)
         self._container = self._av.open(file, "w", format="mp4")
-        self._container.metadata["comment"] = json.dumps(dict(metadata()))
+        self._container.metadata["comment"] = "{}"  # which holds its place: it is known when the last frame is
         codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
         self._stream = self._container.add_stream(codec, rate=rate, options={"crf": CRF} if codec == "libx264" else {"qscale": "2"})
         self._stream.width, self._stream.height, self._stream.pix_fmt = size[0] + self._odd[0], size[1] + self._odd[1], "yuv420p"
@@ -179,6 +180,7 @@ class Mp4:
     def end(self, metadata: Mapping[str, str]) -> None:
         self._mux(None)
         self._container.close()
+        write_comment(self._file, json.dumps(dict(metadata)))
 
     def _mux(self, frame: Any) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Pictures to files and the words kept in them. Knows PNG, JPEG, WebP and EXIF; no recipe, model or request.
+"""Pictures to files and the words kept in them. Knows PNG, JPEG, WebP and EXIF, and reads films' words; no recipe, model or request.
 
 PNG keeps each entry as a text chunk, where other programs look for it. JPEG and WebP have EXIF: the entry "parameters" is its UserComment, as
 A1111 writes it and others read it; the other entries are its ImageDescription, as JSON. A file appears whole or not at all.
@@ -21,10 +21,11 @@ from typing import BinaryIO
 from PIL import Image, PngImagePlugin
 
 from latentgen.errors import ImageError, OutputError, RequestError
+from latentgen.pixels.mp4 import is_mp4, read_comment
 from latentgen.pixels.source import MAX_PIXELS, check_size
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-KINDS = ("PNG", "JPEG", "WEBP", "GIF")  # that are read; films may be GIFs
+KINDS = ("PNG", "JPEG", "WEBP", "GIF")  # of pictures that are read; films may be GIFs
 PARAMETERS = "parameters"  # the entry that other programs read
 MAX_TEXT = 2**20  # letters of one entry, written or read
 _EXIF_IFD, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
@@ -65,7 +66,7 @@ def ending(path: Path) -> str:
 
 
 def read_metadata(source: Image.Image | str | Path | bytes) -> dict[str, str]:
-    """The text kept in a PNG, JPEG or WebP, as `save_image` was given it; {} if there is none.
+    """The text kept in a PNG, JPEG, WebP, GIF or MP4, as `save_image` was given it; {} if there is none.
 
     A comment that another program left in EXIF is found under "parameters". Entries of more than MAX_TEXT letters are left out.
 
@@ -80,15 +81,20 @@ def read_metadata(source: Image.Image | str | Path | bytes) -> dict[str, str]:
         if isinstance(source, Image.Image):
             found = _entries(source)
         else:
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as image:
-                check_size(*image.size, name=named, max_pixels=MAX_PIXELS)
-                found = _entries(image)
+            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+                found = _object(read_comment(file, most=4 * MAX_TEXT)) if is_mp4(file) else _opened(file, named)
     except ImageError:
         raise
     except Exception as error:  # decoders raise nearly anything on damaged files
         why = getattr(error, "strerror", None) or error
         raise ImageError(f"{named} cannot be read ({why}): check the path, or save it again") from error
     return {key: value for key, value in found.items() if len(value) <= MAX_TEXT}
+
+
+def _opened(file: BinaryIO, named: str) -> dict[str, str]:
+    with Image.open(file, formats=KINDS) as image:
+        check_size(*image.size, name=named, max_pixels=MAX_PIXELS)
+        return _entries(image)
 
 
 def _entries(image: Image.Image) -> dict[str, str]:

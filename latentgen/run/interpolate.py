@@ -93,8 +93,8 @@ class Film:
                 yield image
 
         def text() -> dict[str, str]:
-            known = [{**recipe, "pixels_sha256": told} for recipe, told in zip(self.recipes, hashes, strict=False)]
-            return metadata(joined_recipe(known or self.recipes, film=self.about))
+            known = [{**recipe, "pixels_sha256": told} for recipe, told in zip(self.recipes, hashes, strict=True)]
+            return metadata(joined_recipe(known, film=self.about))
 
         return [write_film(path, frames(), fps=fps, loop=self.loop, metadata=text)]
 

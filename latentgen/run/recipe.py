@@ -168,7 +168,7 @@ def read_recipe(source: Image.Image | str | Path | bytes) -> Recipe | Foreign | 
     `Request` is made.
 
     Args:
-        source: a PNG, JPEG or WebP file, its bytes, or an image opened from one.
+        source: a PNG, JPEG or WebP file, a film, its bytes, or an image opened from one.
 
     Raises:
         ImageError: no picture, or it says something, and all of that is damaged.
