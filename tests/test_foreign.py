@@ -15,6 +15,7 @@ from PIL import Image
 from test_save import gradient
 
 from latentgen.diffusion import SAMPLERS
+from latentgen.conditioning.dialect import parse
 from latentgen.errors import RequestError
 from latentgen.pixels.save import save_image
 from latentgen.run.foreign import Foreign, from_diffusers, read_foreign
@@ -313,6 +314,49 @@ def test_invokeai() -> None:
                                  "guidance": 3.5})
     assert edit is not None and edit.needs == ("image", "mask") and edit.fields["strength"] == 0.5 and edit.fields["guidance_scale"] == 3.5
     noted(edit, "noise was drawn on the GPU")
+
+
+def invoke(prompt: str, negative: str = "", **more: Any) -> Any:
+    said = {"positive_prompt": prompt, "negative_prompt": negative, **more}
+    return from_invoke({name: value for name, value in INVOKE.items() if not name.endswith("style_prompt")} | {"loras": [], "vae": None} | said)
+
+
+@pytest.mark.parametrize("weights, blend", [("0.25,0.75", 0.75), ("1, 0.8", 0.8 / 1.8), ("3, 1", 0.25), ("", 0.5), ("1,0", 0.0)])
+def test_two_prompts_that_invokeai_blends_are_blended(weights: str, blend: float) -> None:
+    found = invoke(f'("a (blue) sphere", "red cube, \\"big\\"").blend({weights})', "dark")
+    made = found.request()
+    assert (made.prompt, made.blend_prompt, made.negative_prompt, made.dialect) == ("a (blue) sphere", 'red cube, "big"', "dark", "plain")
+    assert made.blend == pytest.approx(blend) and found.notes == ("its texts were mixed along the straight line, here they are along the sphere: "
+                                                                  "the picture is near, not the same",)
+
+
+def test_a_conjunction_of_invokeais_is_broken_into_chunks() -> None:
+    """Whatever brackets stand in the texts: they are text there."""
+    parts = ["a fox (red) [old]", "oil, \\ [x:y:0.5]", "end"]
+    found = invoke("(" + ", ".join(json.dumps(part) for part in parts) + ").and()", "dark (night)", positive_style_prompt="by (someone)")
+    made = found.request()
+    assert found.notes == () and made.dialect == "a1111"
+    (span,) = parse(made.prompt).spans(20)
+    (one,) = span.conjuncts
+    assert {fragment.weight for fragment in one.fragments} == {1.0}
+    broken = "".join("|" * fragment.breaks + fragment.text for fragment in one.fragments)
+    assert broken == "|".join(parts)
+    for text, wanted in ((made.negative_prompt, "dark (night)"), (made.prompt_2, "by (someone)")):
+        assert "".join(fragment.text for fragment in parse(text).spans(20)[0].conjuncts[0].fragments) == wanted
+
+
+@pytest.mark.parametrize("prompt, note", [
+    ('("a", "b", "c").blend(1,1,1)', "is read here as text"), ('("a", "b").blend(1,-1)', "is read here as text"), ('("a", "b").blend(1,1,no_normalize)', "is read here as text"),
+    ('("a", "b").and(1,2)', "is read here as text"), ('("a AND b", "c").and()', "is read here as text"), ('("a", "b").blend(1,1) and more', "is read here as text"),
+    ('a cat.swap(dog)', "is read here as text"), ('("a++", "b").blend(1,1)', "weighted as InvokeAI weights")])
+def test_what_of_it_cannot_be_said_stays_as_text_with_a_note(prompt: str, note: str) -> None:
+    found = invoke(prompt)
+    noted(found, note)
+    assert found.fields["prompt"] == prompt and "blend" not in found.fields and found.request().dialect == "plain"
+
+
+def test_negative_prompts_have_no_blend_here() -> None:
+    noted(invoke("a fox", '("a", "b").blend(1,1)'), "is read here as text")
 
 
 def test_old_invokeai() -> None:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from latentgen.run.foreign_compel import take_prompts, take_second
 from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
 
 _NUMBERS = {"steps": ("steps", whole), "seed": ("seed", whole), "width": ("width", whole), "height": ("height", whole),
@@ -23,7 +24,6 @@ _READ = {*_NUMBERS, *_ADDED, "positive_prompt", "negative_prompt", "positive_sty
          "app_version", "created_by", "type", "t5_encoder", "clip_embed_model", "qwen3_encoder"}  # the last are parts of the model
 _FLAGS = {"-s": ("steps", whole), "-S": ("seed", whole), "-W": ("width", whole), "-H": ("height", whole), "-C": ("guidance_scale", number),
           "-f": ("strength", number)}
-_COMPEL = re.compile(r"[\w)](?:\+|-){1,8}(?=[\s,.)]|$)|\)\d*\.\d")
 
 
 def from_invoke(data: Mapping[str, Any]) -> Foreign | None:
@@ -31,7 +31,7 @@ def from_invoke(data: Mapping[str, Any]) -> Foreign | None:
     if not isinstance(data.get("positive_prompt"), str):
         return None
     found = Found(f"InvokeAI {str(data.get('app_version') or '')[:20]}".strip())
-    _prompts(found, data["positive_prompt"], data.get("negative_prompt"))
+    take_prompts(found, data["positive_prompt"], data.get("negative_prompt"))
     _numbers(found, data)
     guidance = data.get("guidance")
     if guidance is not None and found.take("guidance_scale", guidance, number) and data.get("cfg_scale") not in (None, 1):
@@ -39,7 +39,7 @@ def from_invoke(data: Mapping[str, Any]) -> Foreign | None:
     for side in ("positive", "negative"):
         style = data.get(f"{side}_style_prompt")
         if isinstance(style, str) and style and style != data.get(f"{side}_prompt"):
-            found.take("prompt_2" if side == "positive" else "negative_prompt_2", style, said=f"{side}_style_prompt")
+            take_second(found, "prompt_2" if side == "positive" else "negative_prompt_2", style, said=f"{side}_style_prompt")
     if isinstance(data.get("clip_skip"), int) and data["clip_skip"] > 0:
         found.take("clip_skip", data["clip_skip"] + 1)  # there 0 is the model's own layer
     found.take_sampler(data.get("scheduler"), program="InvokeAI")
@@ -67,7 +67,7 @@ def from_old_invoke(data: Mapping[str, Any]) -> Foreign | None:
     if not texts or not isinstance(texts[0], str):
         return None
     found = Found(f"InvokeAI {str(data.get('app_version') or '')[:20]}".strip())
-    _prompts(found, *_split(texts[0]))
+    take_prompts(found, *_split(texts[0]))
     if texts[1:]:
         found.note(f"{len(texts) - 1} more prompts, each with a weight of its own, have no equivalent here")
     _numbers(found, image)
@@ -88,7 +88,7 @@ def from_dream(text: str) -> Foreign | None:
     except ValueError:
         return None
     found = Found("InvokeAI")
-    _prompts(found, *_split(prompt))
+    take_prompts(found, *_split(prompt))
     at = 0
     while at < len(words):
         flag, value = words[at][:2], words[at][2:]
@@ -104,12 +104,6 @@ def from_dream(text: str) -> Foreign | None:
             found.note(f"the option {flag} {value[:60]} has no equivalent here")
         at += 1
     return found.done()
-
-
-def _prompts(found: Found, prompt: str, negative: Any) -> None:
-    found.take_prompts(prompt, negative)
-    if any(isinstance(text, str) and _COMPEL.search(text[:20_000]) for text in (prompt, negative)):
-        found.note("the prompt is weighted as InvokeAI weights, word++ or (words)1.2, which is not read here as weights")
 
 
 def _split(prompt: str) -> tuple[str, str]:
