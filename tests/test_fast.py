@@ -14,7 +14,7 @@ import latentgen
 from latentgen.errors import RequestError
 from latentgen.models.fast import onednn
 from latentgen.models.fast.attention import Attending, all_heads, attend, in_blocks, ways
-from latentgen.models.fast.layers import DoublingConv2d, Kernel, PackedConv2d, PackedLinear, doubling, pack, plus
+from latentgen.models.fast.layers import DoublingConv2d, Kernel, PackedConv2d, PackedLinear, doubles, doubling, pack, plus
 from latentgen.models.fast.onednn import Window
 from latentgen.models.fast.swap import held_bytes, prepare, swap
 from latentgen.models.heard import readers as words_readers
@@ -123,9 +123,10 @@ def test_doubling_and_convolution_in_one(mode, bias):
     x = picture(2, 6, 5, 7)
     plain = conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     made = doubling(conv)
+    assert doubles(conv)
     assert isinstance(made, DoublingConv2d)
     near(made(x), plain)
-    assert doubling(nn.Conv2d(6, 10, 3, padding=1, stride=2)) is None and doubling(nn.Conv2d(6, 10, 1)) is None
+    assert not doubles(nn.Conv2d(6, 10, 3, padding=1, stride=2)) and not doubles(nn.Conv2d(6, 10, 1))
 
 
 @packed_here

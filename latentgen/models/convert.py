@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
@@ -68,9 +69,11 @@ class LazyTensors(_Named):
     def __init__(self, *paths: str | Path) -> None:
         self._names: dict[str, tuple[mmap.mmap, TensorInfo]] = {}
         self._maps: list[mmap.mmap] = []
+        self._opened: list[tuple[Path, os.stat_result]] = []
         for path in paths:
             header = read_header(path)
             with open(path, "rb") as file:
+                self._opened.append((Path(path), os.fstat(file.fileno())))
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # private pages: torch wants a buffer that could be written
             if twice := next((name for name in header.tensors if name in self._names), None):
                 raise ModelError(f"the tensor {twice!r} is in {where(Path(path))} and in another shard: get the shards again, all of one version")
@@ -89,18 +92,41 @@ class LazyTensors(_Named):
 
     def release(self, tensor: Tensor) -> None:
         """Tell the system that a tensor of these files was copied: its pages may leave memory (they would be read again). Others are left alone."""
+        found = self._within(tensor) if hasattr(mmap, "MADV_DONTNEED") else None
+        if found is not None:
+            memory, first, last = found
+            start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in these files, and is no copy."""
+        return self._within(tensor) is not None
+
+    def _within(self, tensor: Tensor) -> tuple[mmap.mmap, int, int] | None:
+        """The file's memory in which a tensor lies, and its first byte and the one after its last."""
         import torch
 
-        if not hasattr(mmap, "MADV_DONTNEED") or not tensor.numel():
-            return
+        if not tensor.numel():
+            return None
         first = tensor.data_ptr()
         last = first + (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
-        for memory in self._maps:
-            base = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-            if base <= first and last <= base + len(memory):
-                start, end = -(-(first - base) // mmap.PAGESIZE) * mmap.PAGESIZE, (last - base) // mmap.PAGESIZE * mmap.PAGESIZE
-                if end > start:
-                    memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+        bases = ((memory, torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()) for memory in self._maps)
+        return next(((memory, first - base, last - base) for memory, base in bases if base <= first and last <= base + len(memory)), None)
+
+    def check_same(self) -> None:
+        """That the files are still as they were when they were opened. One that was removed, or replaced by another, is read as it was.
+
+        Raises:
+            ModelError: one was written to.
+        """
+        for path, then in self._opened:
+            try:
+                now = path.stat()
+            except OSError:
+                continue
+            if (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino) and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+                raise ModelError(f"{where(path)} was changed while its weights were being read: load the model again")
 
 
 def find_prefix(names: Collection[str], original: Original) -> str | None:

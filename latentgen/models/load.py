@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
 from math import prod
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from latentgen.models.form import Form
     from latentgen.models.streamed import Lane, Stored
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
 OURS = ("attn_implementation", "experts_implementation", "return_dict", "output_attentions", "output_hidden_states")  # how a network runs is not its config's to say
-ALIGNED = 64  # bytes, as torch allocates
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # which no dtype of a network changes
 GENERAL = "Transformer2DModel"  # what configs call a class that got a name of its own only after they were published
 
@@ -147,48 +147,38 @@ def check_fit(source: Source, part: Part) -> None:
 
 
 def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable[[nn.Module], Collection[str]] | None = None,
-              lane: Lane | None = None, pinned: bool = False, quantise: str | None = None) -> nn.Module:
+              later: Callable[[nn.Module], Collection[str]] | None = None, lane: Lane | None = None, pinned: bool = False,
+              quantise: str | None = None) -> nn.Module:
     """Build a part in eval mode, without gradients, on the CPU; its convolutions in channels-last.
 
     Args:
         leave: tells, of the module without numbers, the names of children whose weights stay in the file (see `models.elsewhere`).
+        later: tells likewise the names of weights that are promised only, where a file that is mapped into memory has them (see `models.promised`).
         lane: by which the weights of blocks come when they are called (see `models.streamed`), from the file, or from page-locked memory where
             `pinned`; None has them all here.
         quantise: "int8" holds the linears of blocks in 8 bits (see `models.quantise`); not with a lane.
 
     Raises:
-        ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite.
+        ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite (promised ones, when they are made).
     """
-    from latentgen.models.convert import LazyTensors, dequantised
-    from latentgen.models.quantise import hold, quantised
+    from latentgen.models.convert import dequantised
+    from latentgen.models.form import Form, kept_precise
+    from latentgen.models.quantise import hold
     from latentgen.models.streamed import stream
 
     module = empty_module(source, part)
-    keep = kept_precise(module, dtype)
     stored = _read(source, dtype)
     tensors = _own_names(dequantised(stored, dtype), source, part, module)
     _compare(tensors, module, source.label)
-    _leave(module, () if leave is None else leave(module), source, tensors, dtype=dtype, release=getattr(stored, "release", None))
-    floating = {name for name, t in module.state_dict().items() if t.is_floating_point()}
-    small = hold(module) if quantise else frozenset()
-
-    def prepared(name: str, tensor: Tensor) -> Tensor:
-        if name in floating and not tensor.is_floating_point():
-            raise ModelError(f"the tensor {name!r} of {source.label} is stored as {tensor.dtype}: expected floating-point numbers, so get the file in another precision")
-        return as_kept(tensor, dtype, keep=any(k in name.split(".") for k in keep), images=part.cls.startswith("diffusers."))
-
+    form = Form(source.label, dtype, kept_precise(module, dtype), part.cls.startswith("diffusers."),
+                 frozenset(name for name, t in module.state_dict().items() if t.is_floating_point()))
     release = getattr(stored, "release", None) or (lambda tensor: None)
-    apart = _apart(module, tensors, prepared, release, label=source.label, dtype=dtype, pinned=pinned) if lane is not None else []
-    ready = {f"{block.name}.{name}": prepared(f"{block.name}.{name}", _without_numbers(t)) for block in apart for name, t in block.tensors.items()}
-    for name in list(tensors):
-        tensor = tensors.pop(name)
-        ready[name] = prepared(name, tensor)
-        if name in small:
-            _check_finite({name: ready[name]}, source.label, dtype)
-            ready[name], ready[f"{name.removesuffix('weight')}scale"] = quantised(ready[name])
-        if isinstance(stored, LazyTensors) and ready[name].data_ptr() != tensor.data_ptr():
-            stored.release(tensor)  # or what was copied as it stands in the file would be in memory twice
-    _check_finite({name: t for name, t in ready.items() if not t.is_meta}, source.label, dtype)
+    _leave(module, () if leave is None else leave(module), tensors, form=form, release=release)
+    small = hold(module) if quantise else frozenset()
+    apart = _apart(module, tensors, form, release, pinned=pinned) if lane is not None else []
+    ready = {f"{block.name}.{name}": form.alike(f"{block.name}.{name}", t) for block in apart for name, t in block.tensors.items()}
+    ready |= _promised(() if later is None else later(module), tensors, stored, form)
+    ready |= _numbers(tensors, small, release, form)
     module.load_state_dict(ready, strict=True, assign=True)
     if isinstance(getattr(module, "_tied_weights_keys", None), Mapping):
         module.tie_weights()  # one parameter again, so that moving it does not make two
@@ -200,51 +190,75 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
     return module.eval().requires_grad_(False)
 
 
-def _leave(module: nn.Module, names: Collection[str], source: Source, tensors: dict[str, Tensor], *, dtype: torch.dtype,
-           release: Callable[[Tensor], None] | None) -> None:
+def _numbers(tensors: dict[str, Tensor], small: Collection[str], release: Callable[[Tensor], None], form: Form) -> dict[str, Tensor]:
+    """All tensors that are left, as the part keeps them, those in `small` in 8 bits; each leaves `tensors` as it is made."""
+    from latentgen.models.cast import NotFinite
+    from latentgen.models.quantise import quantised
+
+    ready, bad = {}, []
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        try:
+            ready[name] = form.kept(name, tensor)
+        except NotFinite:
+            bad.append(name)
+            continue
+        if name in small:
+            ready[name], ready[f"{name.removesuffix('weight')}scale"] = quantised(ready[name])
+        if ready[name].data_ptr() != tensor.data_ptr():
+            release(tensor)  # or what was copied as it stands in the file would be in memory twice
+    if bad:
+        raise form.refused(bad)
+    return ready
+
+
+def _promised(names: Collection[str], tensors: dict[str, Tensor], stored: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+    """Those of the named tensors that lie in a mapped file, to be made when they are used, taken out of `tensors`."""
+    from latentgen.models.convert import LazyTensors
+    from latentgen.models.promised import Promised
+
+    if not isinstance(stored, LazyTensors):
+        return {}
+
+    def ready(name: str) -> Callable[[Tensor], Tensor]:
+        def made(tensor: Tensor) -> Tensor:
+            stored.check_same()
+            return form.checked(name, tensor)
+
+        return made
+
+    own = {name: tensors.pop(name) for name in names if name in tensors and stored.holds(tensors[name])}
+    return {name: Promised(form.alike(name, tensor), tensor, ready=ready(name), release=stored.release) for name, tensor in own.items()}
+
+
+def _leave(module: nn.Module, names: Collection[str], tensors: dict[str, Tensor], *, form: Form, release: Callable[[Tensor], None]) -> None:
     """Put children whose weights stay in the file in the place of these, and take their tensors out."""
     from latentgen.models.elsewhere import Elsewhere
 
-    def ready(name: str, tensor: Tensor) -> Tensor:
-        made = as_kept(tensor, dtype, keep=False, images=False)
-        _check_finite({name: made}, source.label, dtype)
-        return made
-
+    form = replace(form, precise=(), images=False, floating=frozenset())
     for child in names:
         own = {name.removeprefix(f"{child}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{child}.")}
         shell = module.get_submodule(child).eval().requires_grad_(False)
-        module.set_submodule(child, Elsewhere(shell, own, ready=ready, release=release or (lambda tensor: None)))
+        module.set_submodule(child, Elsewhere(shell, own, ready=form.checked, release=release))
 
 
-def _apart(module: nn.Module, tensors: dict[str, Tensor], prepared: Callable[[str, Tensor], Tensor], release: Callable[[Tensor], None], *, label: str,
-           dtype: torch.dtype, pinned: bool) -> list[Stored]:
+def _apart(module: nn.Module, tensors: dict[str, Tensor], form: Form, release: Callable[[Tensor], None], *, pinned: bool) -> list[Stored]:
     """The blocks of a module without numbers, with their tensors taken out of `tensors`."""
     from latentgen.models.streamed import LARGEST, Stored, blocks
 
     found, checked = [], set()
 
-    def checking(name: str, tensor: Tensor) -> Tensor:
-        made = prepared(name, tensor)
-        if name not in checked:
-            _check_finite({name: made}, label, dtype)
-            checked.add(name)
+    def ready(name: str, tensor: Tensor) -> Tensor:
+        if name in checked:
+            return form.kept(name, tensor, check=False)
+        made = form.checked(name, tensor)
+        checked.add(name)
         return made
 
-    for block in blocks(module, largest=LARGEST * 4 // dtype.itemsize):  # whose parameters are float32 as they were made
+    for block in blocks(module, largest=LARGEST * 4 // form.dtype.itemsize):  # whose parameters are float32 as they were made
         own = {name.removeprefix(f"{block}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{block}.")}
-        found.append(Stored(block, own, lambda name, tensor, block=block: checking(f"{block}.{name}", tensor), release, pinned))
+        found.append(Stored(block, own, lambda name, tensor, block=block: ready(f"{block}.{name}", tensor), release, pinned))
     return found
-
-
-def _without_numbers(tensor: Tensor) -> Tensor:
-    import torch
-
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-
-def kept_precise(module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
-    """Names of modules that stay in float32 beside float16."""
-    return tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if str(dtype) == "torch.float16" else ()
 
 
 def _read(source: Source, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -280,31 +294,6 @@ def _compare(tensors: Mapping[str, Tensor], module: nn.Module, label: str) -> No
     if said:
         raise ModelError(f"the weights of {label} do not fit its {type(module).__name__}: {', '.join(said)} of {len(wanted)} tensors; "
                          "get the file again, or give the config that belongs to it")
-
-
-def as_kept(tensor: Tensor, dtype: torch.dtype, *, keep: bool, images: bool) -> Tensor:
-    """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped, unless it is misaligned)."""
-    import torch
-
-    if not tensor.is_floating_point():
-        return tensor
-    layout = torch.channels_last if images and tensor.ndim == 4 else torch.preserve_format
-    ready = tensor.to(dtype=torch.float32 if keep else dtype, memory_format=layout)
-    if ready is tensor and ready.dtype == torch.float32 and ready.data_ptr() % ALIGNED:
-        return tensor.clone()  # float32 products round by where a tensor begins: the same weights in another file must give the same picture
-    return ready
-
-
-def _check_finite(tensors: Mapping[str, Tensor], label: str, dtype: torch.dtype) -> None:
-    import torch
-
-    def ends(t: Tensor) -> Tensor:  # NaN goes through both; fifteen times as fast as a sum, or as asking each number
-        return torch.stack(torch.aminmax(t))
-
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and t.numel() and not bool(torch.isfinite(ends(t)).all())]
-    if bad:
-        cure = ", or load it with dtype='float32', for float16 holds no number above 65504" if dtype == torch.float16 else ""
-        raise ModelError(f"{len(bad)} tensors of {label} have NaN or infinite weights (first {bad[0]!r}): get the file again{cure}")
 
 
 def _EmptyOnMeta() -> Any:  # noqa: N802 - a class, made when torch is there

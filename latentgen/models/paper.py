@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latentgen.models.load import as_kept, empty_module, kept_precise
+from latentgen.models.form import as_kept, kept_precise
+from latentgen.models.load import empty_module
 from latentgen.models.quantise import hold
 
 if TYPE_CHECKING:

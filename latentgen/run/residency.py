@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import torch
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Part, Stage
-from latentgen.models.fast.swap import held_bytes, prepare
+from latentgen.models.fast.swap import held_bytes, prepare, promised
 from latentgen.models.load import load_part
 from latentgen.models.modulation import modulation_names
 from latentgen.models.streamed import Lane, on_lane
@@ -93,7 +94,8 @@ class Residency:
         with self._lock:
             if key not in self._here:
                 leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
-                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, lane=Lane(self.device) if streamed else None,
+                later = None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype)
+                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later, lane=Lane(self.device) if streamed else None,
                                             pinned=policy == "stream" and self.device.type == "cuda",
                                             quantise=self.quantise if not streamed and QUANTISED & {*part.stages} else None)
                 if not streamed:  # streamed weights come and go as they lie in their file

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from latentgen.models.fast.attention import Attending, attend
-from latentgen.models.fast.layers import PackedLinear, doubling, packs, plus
+from latentgen.models.fast.layers import PackedLinear, doubles, doubling, halves, packs, plus
 
 
 class FastGEGLU(GEGLU):
@@ -36,12 +36,7 @@ class FastGEGLU(GEGLU):
 
     def prepared(self) -> None:
         """Cut the one linear in two."""
-        inner = self.proj.out_features // 2
-        for name, rows in (("value", slice(0, inner)), ("gate", slice(inner, None))):
-            half = nn.Linear(self.proj.in_features, inner, bias=False, device="meta")
-            half.weight = nn.Parameter(self.proj.weight[rows], requires_grad=False)
-            half.bias = None if self.proj.bias is None else nn.Parameter(self.proj.bias[rows].clone(), requires_grad=False)
-            setattr(self, name, half)
+        self.value, self.gate = halves(self.proj)
         del self.proj
         self.gate.act = "gelu"
 
@@ -96,7 +91,7 @@ class FastUpsample(Upsample2D):
     @staticmethod
     def fits(old: Upsample2D) -> bool:
         """Whether it is of the plain kind."""
-        return bool(old.interpolate and old.use_conv and not old.use_conv_transpose and old.norm is None and old.name == "conv") and doubling(old.conv) is not None
+        return bool(old.interpolate and old.use_conv and not old.use_conv_transpose and old.norm is None and old.name == "conv") and doubles(old.conv)
 
     def prepared(self) -> None:
         """The convolution that was there stays for pictures that are not exactly doubled."""
@@ -216,8 +211,8 @@ class FastSequence(nn.Sequential):
         """Join neighbours; what is left of them is an identity, so that the names of the others stay."""
         layers = list(self)
         for n, (before, after) in enumerate(zip(layers, layers[1:], strict=False)):
-            if type(before) is nn.Upsample and before.mode == "nearest" and before.scale_factor == 2 and (made := doubling(after)) is not None:
-                self[n], self[n + 1] = nn.Identity(), made
+            if type(before) is nn.Upsample and before.mode == "nearest" and before.scale_factor == 2 and doubles(after):
+                self[n], self[n + 1] = nn.Identity(), doubling(after)
             elif type(before) is nn.Conv2d and type(after) is nn.ReLU and packs(before):
                 before.act = "relu"
                 self[n + 1] = nn.Identity()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from latentgen.models.fast import onednn
 from latentgen.models.fast.onednn import Act, Window
+from latentgen.models.promised import Promised
 
 
 class Kernel:
-    """One weight in the orders in which it is read: packed when it is first used, and the plain one gone then.
+    """One weight in the orders in which it is read: packed when it is first used, and the plain one gone then. One that is promised is made only then.
 
     The views of a module share its kernel. Mostly there is one order; where another size of pictures needs another one, both are kept.
     """
@@ -36,20 +37,30 @@ class Kernel:
             return found
         with self._lock:
             if key not in self.packed:
-                made = pack(onednn.unpacked(self.any) if self.plain is None else self.plain)
+                made = pack(self._plain())
                 self.packed[key] = next((p for p in self.packed.values() if onednn.order(p) == onednn.order(made)), made)
+                if isinstance(self.plain, Promised):
+                    self.plain.done()
                 self.plain = None
         return self.packed[key]
+
+    def _plain(self) -> Tensor:
+        if self.plain is None:
+            return onednn.unpacked(next(iter(self.packed.values())))
+        return self.plain.made() if isinstance(self.plain, Promised) else self.plain
 
     @property
     def any(self) -> Tensor:
         """The weight in one of its orders: plain before its first use, then opaque. It tells dtype, device and shape."""
-        return next(iter(self.packed.values())) if self.plain is None else self.plain
+        with self._lock:
+            if isinstance(self.plain, Promised):
+                self.plain = self.plain.made()
+            return next(iter(self.packed.values())) if self.plain is None else self.plain
 
     @property
     def bytes(self) -> int:
-        """Of all orders."""
-        return self.shape.numel() * self.dtype.itemsize * max(1, len({id(p) for p in self.packed.values()}))
+        """Of all orders; none as long as it is promised."""
+        return 0 if isinstance(self.plain, Promised) else self.shape.numel() * self.dtype.itemsize * max(1, len({id(p) for p in self.packed.values()}))
 
 
 class PackedLinear(nn.Linear):
@@ -109,10 +120,14 @@ class PackedConv2d(nn.Conv2d):
         return onednn.convolution_plus(x, other, packed, self.bias, at, act="relu" if self.act == "relu" else "none")
 
 
+def packable(module: nn.Module) -> bool:
+    """Whether it is of a kind that can be packed: a plain linear, or a convolution of one group."""
+    return type(module) is nn.Linear or type(module) is nn.Conv2d and module.groups == 1 and isinstance(module.padding, tuple)
+
+
 def packs(module: nn.Module) -> bool:
-    """Whether `pack` takes it: a plain linear or a convolution of one group, its weight in memory (some stay in their file)."""
-    plain = type(module) is nn.Linear or type(module) is nn.Conv2d and module.groups == 1 and isinstance(module.padding, tuple)
-    return plain and not module.weight.is_meta  # type: ignore[union-attr]
+    """Whether `pack` takes it: of such a kind, and its weight in memory or promised."""
+    return packable(module) and (not module.weight.is_meta or isinstance(module.weight, Promised))  # type: ignore[union-attr]
 
 
 def pack(module: nn.Module) -> None:
@@ -120,6 +135,18 @@ def pack(module: nn.Module) -> None:
     kernel = Kernel(module._parameters.pop("weight"))  # type: ignore[arg-type]
     module.__class__ = PackedLinear if isinstance(module, nn.Linear) else PackedConv2d
     module.kernel = kernel
+
+
+def halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """A linear cut in two: what makes the first half of its answer, and what makes the second."""
+    inner, weight = linear.out_features // 2, linear.weight
+    made = []
+    for rows in (slice(0, inner), slice(inner, None)):
+        half = nn.Linear(linear.in_features, inner, bias=False, device="meta")
+        half.weight = weight.rows(rows) if isinstance(weight, Promised) else nn.Parameter(weight[rows], requires_grad=False)
+        half.bias = None if linear.bias is None else nn.Parameter(linear.bias[rows].clone(), requires_grad=False)
+        made.append(half)
+    return made[0], made[1]
 
 
 def plus(module: nn.Module, x: Tensor, other: Tensor) -> Tensor:
@@ -146,16 +173,24 @@ class DoublingConv2d(PackedConv2d):
         return out
 
 
-def doubling(conv: nn.Conv2d) -> DoublingConv2d | None:
-    """What computes `conv` of a doubled picture from the picture itself; None where it is not a plain 3x3. Call it before `conv` is packed."""
-    if not (packs(conv) and (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))):
-        return None
-    first, middle, last = conv.weight.float().unbind(2)
+def doubles(conv: nn.Module) -> bool:
+    """Whether `doubling` takes it: a plain 3x3 that was not packed yet."""
+    return packs(conv) and (conv.kernel_size, conv.padding, conv.stride, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def doubling(conv: nn.Conv2d) -> DoublingConv2d:
+    """What computes `conv` of a doubled picture from the picture itself."""
+    made = DoublingConv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, padding_mode=conv.padding_mode, device="meta")
+    del made._parameters["weight"]
+    made.bias, weight = conv.bias, conv.weight
+    made.kernel = Kernel(weight.then(_summed, (4 * len(weight), weight.shape[1], 2, 2)) if isinstance(weight, Promised) else _summed(weight))
+    return made.eval()
+
+
+def _summed(weight: Tensor) -> Tensor:
+    """(out, in, 3, 3) -> (4 out, in, 2, 2): for each kind of output its own 2x2 kernel."""
+    first, middle, last = weight.float().unbind(2)
     rows = ((first, middle + last), (first + middle, last))  # the two taps of even and of odd rows
     taps = [torch.stack([torch.stack((tap[..., 0], tap[..., 1] + tap[..., 2]) if even else (tap[..., 0] + tap[..., 1], tap[..., 2]), -1) for tap in row], -2)
             for row in rows for even in (True, False)]
-    made = DoublingConv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False, padding_mode=conv.padding_mode, device="meta")
-    del made._parameters["weight"]
-    made.bias = conv.bias
-    made.kernel = Kernel(torch.cat(taps).to(conv.weight.dtype))
-    return made.eval()
+    return torch.cat(taps).to(weight.dtype)

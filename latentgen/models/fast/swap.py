@@ -23,11 +23,23 @@ def prepare(module: nn.Module, *, speed: str, device: torch.device) -> nn.Module
         from latentgen.models.fast.compiling import compiled
 
         return compiled(module)
+    return swap(module) if _swaps(module, speed=speed, device=device, dtype=weight.dtype) else module
+
+
+def promised(module: nn.Module, *, speed: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the weights that `prepare` will pack, of a network which will be in that dtype: they need not be made before they are used."""
+    from latentgen.models.fast.layers import packable
+
+    if not _swaps(module, speed=speed, device=device, dtype=dtype):
+        return ()
+    return tuple(f"{name}.weight" for name, child in module.named_modules() if packable(child))
+
+
+def _swaps(module: nn.Module, *, speed: str, device: torch.device, dtype: torch.dtype) -> bool:
     from latentgen.models.fast import onednn
 
-    if device.type != "cpu" or weight.dtype != torch.bfloat16 or not onednn.available():
-        return module
-    return swap(module)
+    diffusers = type(module).__module__.startswith("diffusers.")
+    return diffusers and speed == "exact" and device.type == "cpu" and dtype == torch.bfloat16 and onednn.available()
 
 
 def swap(module: nn.Module) -> nn.Module:
