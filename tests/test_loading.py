@@ -7,20 +7,24 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_folders import tiny
+from tiny_folders import MAKERS, tiny
+from torch import nn
 
 import latentgen
 from latentgen.errors import ModelError
 from latentgen.models import cast
 from latentgen.models.cast import NotFinite, check_finite, recast
 from latentgen.models.convert import LazyTensors
+from latentgen.models.empty import Empty
 from latentgen.models.fast import onednn
 from latentgen.models.fast.layers import Kernel, PackedConv2d, PackedLinear
+from latentgen.models.load import load_part
 from latentgen.models.promised import Promised
 
 KINDS = ("sd15", "sd3", "flux1", "pixart", "qwenimage")
@@ -222,3 +226,57 @@ def test_pages_of_the_file_leave_memory_when_a_weight_was_made(tmp_path: Path) -
     assert promised.made().shape == (1024, 1024) and resident() > 2000  # kB
     Kernel(promised).get(None, onednn.pack_linear)
     assert resident() < 200
+
+
+# modules without numbers
+
+def test_a_module_is_made_blank_and_draws_nothing() -> None:
+    """What is computed is real, also where it is computed by the functions that fill parameters."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.conv, self.norm, self.words = nn.Linear(4, 4), nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 4), nn.Embedding(9, 4)
+            self.token = nn.Parameter(torch.randn(3))
+            nn.init.trunc_normal_(self.linear.weight, std=0.02)
+            nn.init.xavier_uniform_(self.conv.weight)
+            self.table = torch.arange(4.0)
+            self.register_buffer("ones", nn.init.constant_(torch.zeros(3), 2.0), persistent=False)
+
+    before = torch.get_rng_state()
+    with Empty():
+        made = Own()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.is_meta and isinstance(p, nn.Parameter) for p in made.parameters())
+    assert made.table.tolist() == [0, 1, 2, 3] and made.ones.tolist() == [2, 2, 2]
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_other_threads_make_whole_modules_meanwhile() -> None:
+    inside, done = Event(), Event()
+
+    def blank() -> nn.Module:
+        with Empty():
+            inside.set()
+            assert done.wait(20)
+            return nn.Linear(3, 3)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(blank)
+        assert inside.wait(20)
+        whole = nn.Linear(3, 3)
+        done.set()
+        assert other.result().weight.is_meta and not whole.weight.is_meta and whole.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_loading_draws_no_random_number_and_gives_what_the_files_hold(kind: str, folder: Any) -> None:
+    pipe = latentgen.load(folder(kind), device="cpu", dtype="float32", speed="plain", progress=False)
+    before = torch.get_rng_state()
+    for part in pipe.family.parts:
+        source = pipe.checkpoint.sources[part.name]
+        module = load_part(source, part, torch.float32)
+        stored = LazyTensors(*source.files)
+        assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in module.state_dict().items() if name in stored)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import signature
@@ -84,6 +85,8 @@ def empty_module(source: Source, part: Part, *, shapes_only: bool = False) -> nn
     """
     import torch
 
+    from latentgen.models.empty import Empty
+
     library, name = part.cls.split(".")
     cls = part_class(part.cls)
     check_config(source.config, source.label)
@@ -98,24 +101,10 @@ def empty_module(source: Source, part: Part, *, shapes_only: bool = False) -> nn
         return cls(cls.config_class(**said, attn_implementation="sdpa"))
 
     try:
-        with torch.device("meta"):
-            module = made()
-        if shapes_only or not _computes(module):
-            return module
-        with _EmptyOnMeta():
+        with torch.device("meta") if shapes_only else nullcontext(), Empty():
             return made()
     except Exception as error:
         raise ModelError(f"the config of {source.label} does not fit {name}: {shorten(str(error), 200)}") from error
-
-
-def _computes(module: nn.Module) -> bool:
-    """Whether a module on the meta device has tensors that its class made and that are not in its `state_dict`, so that no file can fill them."""
-    import torch
-
-    kept = module.state_dict()
-    buffers = any(name not in kept for name, _ in module.named_buffers())
-    return buffers or any(isinstance(item, torch.Tensor) for owner in module.modules() for value in vars(owner).values()
-                          for item in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 def part_class(declared: str) -> type:
@@ -294,21 +283,6 @@ def _compare(tensors: Mapping[str, Tensor], module: nn.Module, label: str) -> No
     if said:
         raise ModelError(f"the weights of {label} do not fit its {type(module).__name__}: {', '.join(said)} of {len(wanted)} tensors; "
                          "get the file again, or give the config that belongs to it")
-
-
-def _EmptyOnMeta() -> Any:  # noqa: N802 - a class, made when torch is there
-    """A mode in which `torch.empty`, which parameters are made by, gives meta tensors; all that a module computes stays real. Of this thread alone."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func is torch.empty and kwargs.get("device") is None:
-                kwargs = {**kwargs, "device": "meta"}
-            return func(*args, **kwargs)
-
-    return Mode()
 
 
 def _init_arguments(cls: type, config: Config) -> dict[str, Any]:
