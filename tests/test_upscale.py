@@ -248,6 +248,13 @@ def test_an_odd_size_is_cropped_at_the_end(pipe):
     assert pipe.outpaint("a cat", picture(40, 35), left=10, right=5, bottom=20, upscale=2, seed=0, steps=2).image.size == (110, 110)
 
 
+def test_only_pictures_that_were_given_are_remembered(tiny_folder):
+    own = latentgen.load(tiny_folder, dtype="float32", device="cpu", progress=False)
+    for image, count in ((None, 0), (picture(64, 64), 2)):  # one for each pass
+        own.txt2img("a cat", upscale=1.5, upscaler="lanczos", **BASE) if image is None else own.inpaint("a cat", image, hole(64, 64), upscale=1.5, upscaler="lanczos", steps=2, seed=1)
+        assert len([key for key in own._memo._kept if key[0] == "image"]) == count
+
+
 @pytest.mark.parametrize("kind", ["sd15-inpaint", "sd15-instruct", "sdxl", "sd3", "flux1", "zimage", "pixart"])
 @pytest.mark.parametrize("said", [{}, {"upscaler": "lanczos", "tile": 64}])
 def test_every_family_is_told_what_each_pass_is(loaded, kind, said):

@@ -171,19 +171,23 @@ class Work:
         return None if one.source is None else self.latents(one, source_pixels(one.source), wrap=one.grid.wrap)
 
     def latents(self, one: Pass, pixels: Tensor, *, wrap: tuple[int, ...]) -> Tensor:
-        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered; in float32 once more where the half-precision encoder overflows.
+        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), remembered. `wrap`: see `encoded`."""
+        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile, wrap)
+        z0, said = self.memo.get(key, lambda: self.encoded(one, pixels, wrap=wrap), lambda made: [made[0]])
+        self.notes.extend(said)
+        return z0
+
+    def encoded(self, one: Pass, pixels: Tensor, *, wrap: tuple[int, ...]) -> tuple[Tensor, tuple[str, ...]]:
+        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), in float32 once more where the half-precision encoder overflows, which the notes then say.
 
         wrap: the axes along which the edges of these pixels meet: of a window's not those along which it is a part.
         """
 
-        def encoded(dtype: torch.dtype) -> Tensor:
+        def computed(dtype: torch.dtype) -> Tensor:
             with self.residency.use("encoder", dtype=dtype, policy=self.plan.residency) as modules:
                 return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, wrap=wrap, call=self.family.vae_encode)
 
-        key = ("image", tuple(pixels.shape), hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest(), one.tile, wrap)
-        z0, said = self.memo.get(key, lambda: once_more("the picture was encoded", encoded, self.residency.dtype), lambda made: [made[0]])
-        self.notes.extend(said)
-        return z0
+        return once_more("the picture was encoded", computed, self.residency.dtype)
 
     def larger(self, before: Pass, one: Pass, z: Tensor) -> Tensor:
         """What the pass before made, (B, c, h, w), as latents of this one's size."""
@@ -191,7 +195,9 @@ class Work:
         if not how.pixels:
             return larger_latents(z, (one.height // factor, one.width // factor), mode=how.mode, wrap=one.grid.wrap)
         pixels = larger_pixels(self.pixels(before, z), (one.height, one.width), mode=how.mode, wrap=one.grid.wrap)
-        return torch.cat([self.latents(one, part, wrap=one.grid.wrap) for part in pixels.split(1)])
+        made = [self.encoded(one, part, wrap=one.grid.wrap) for part in pixels.split(1)]  # of pictures that come once: the memo is for given ones
+        self.notes.extend(note for _, notes in made for note in notes)
+        return torch.cat([z0 for z0, _ in made])
 
     def start(self, one: Pass, z0: Tensor | None, eps: Tensor, made: Tensor | None) -> Tensor:
         """x at the first level: what the pass before made or the source, with noise; another run's latents; or noise alone (also where an inpainting
