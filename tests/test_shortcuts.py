@@ -10,7 +10,7 @@ from latentgen.errors import ModelError
 from latentgen.models.asked import Asked
 from latentgen.models.elsewhere import Elsewhere
 from latentgen.models.family import Conditioning
-from latentgen.models.modulation import find_modulations, modulated, modulation_names
+from latentgen.models.modulation import find_modulations, modulated, modulation_names, tables
 from latentgen.models.shared import Once, before_words
 from latentgen.run import work
 from latentgen.run.batch import joined, repeated
@@ -33,7 +33,7 @@ def network_of(pipe):
 
 
 def plainly(monkeypatch):
-    monkeypatch.setattr(work, "exact", lambda family, modules, asked, **_: modules)
+    monkeypatch.setattr(work, "exact", lambda modules, asked, looked_up: modules)
 
 
 def options(pipe, kind):
@@ -86,6 +86,19 @@ def test_each_modulation_is_evaluated_once_for_all_levels(load, kind):
     assert torch.equal(before.latents, made.latents)
 
 
+def test_a_weaker_network_reads_the_same_table(load, monkeypatch):
+    """PAG's and SLG's are views of the network, so its modulations are evaluated no second time."""
+    pipe = load("sd3")
+    found, rows = find_modulations(network_of(pipe)), []
+    said = {"steps": 3, "seed": 1, "width": 64, "height": 64, "guidance_scale": 4.0, "guiders": {"pag": {}, "slg": {"end": 1.0}}}
+    hooks = [head.register_forward_hook(lambda m, args, out: rows.append(len(out))) for head in found.heads.values()]
+    made = pipe.txt2img("a red heart", **said)
+    [hook.remove() for hook in hooks]
+    assert rows == [3 * 2] * len(found.heads)
+    plainly(monkeypatch)
+    assert (made.latents - pipe.txt2img("a red heart", **said).latents).abs().max() <= 1e-5 * made.latents.abs().max()
+
+
 def test_the_weights_of_modulations_are_about_a_quarter():
     """Of the published FLUX.1 sizes, counted on the meta device at two and four blocks and scaled to nineteen and thirty-eight."""
     from diffusers import FluxTransformer2DModel
@@ -109,7 +122,7 @@ def test_a_level_that_was_not_foreseen_is_asked_of_the_network():
         return network(torch.ones(1, 4, 64), words.tokens, words.pooled, torch.full((1,), time / 1000), img_ids=grid, txt_ids=torch.zeros(4, 3),
                        guidance=torch.tensor([3.5]), return_dict=False)[0]
 
-    seen = modulated(net, asked, [((500.0, words), call)])
+    seen = modulated(net, asked, tables(net, [((500.0, words), call)]))
     for time in (500.0, 250.0):
         asked.tell(Level(0.5, 0.5, time), repeated(words, 1))
         torch.testing.assert_close(call(seen, time), call(net, time), rtol=1e-5, atol=1e-5)

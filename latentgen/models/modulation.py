@@ -8,7 +8,7 @@ Knows modules by what they have: a part of the network that embeds the time, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from latentgen.models.view import Ended, StandIn, ending, view
 EMBEDDERS = ("time_text_embed", "time_guidance_embed", "t_embedder", "adaln_single")  # children that make of a level what the blocks are told
 WHOLE = ("adaLN_modulation", "img_mod", "txt_mod")  # a Sequential with a linear in it, told the embedding itself
 Key = tuple[float, Conditioning]
+Tables = Mapping[str, Mapping[Key, Any]]  # module's name -> (time, conditioning) -> its answer of batch 1
 
 
 class Known(StandIn):
@@ -32,7 +33,7 @@ class Known(StandIn):
         table: (time, conditioning) -> the answer of batch 1, a tensor or a tuple of them.
     """
 
-    def __init__(self, inner: nn.Module, asked: Asked, table: dict[Key, Any]) -> None:
+    def __init__(self, inner: nn.Module, asked: Asked, table: Mapping[Key, Any]) -> None:
         super().__init__(inner)
         self.asked, self.table = asked, table
 
@@ -90,8 +91,8 @@ def modulation_names(net: nn.Module) -> tuple[str, ...]:
     return () if found is None else tuple(found.heads)
 
 
-def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[[nn.Module], Any]]]) -> nn.Module:
-    """A view of a network that looks its modulations up; the network itself where it has none, or tells more than one row of each call.
+def tables(net: nn.Module, calls: Sequence[tuple[Key, Callable[[nn.Module], Any]]]) -> Tables:
+    """What a network's modulations come to, by name; {} where it has none, or tells more than one row of each call.
 
     Args:
         calls: of every level and conditioning of the run, (time, conditioning) and a function that calls a network with them, on one picture.
@@ -99,7 +100,7 @@ def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[
     """
     found = find_modulations(net)
     if found is None:
-        return net
+        return {}
     short = ending(net, found.embedder, lambda embedder, *args, **kwargs: embedder(*args, **kwargs))
     embedded: dict[Key, Any] = {}
     for key, call in calls:
@@ -109,13 +110,18 @@ def modulated(net: nn.Module, asked: Asked, calls: Sequence[tuple[Key, Callable[
             except Ended as ended:
                 embedded[key] = ended.answer
     if not embedded or any(len(row) != 1 for answer in embedded.values() for row in (answer if isinstance(answer, tuple) else (answer,))):
-        return net
-    tables = {found.embedder: embedded}
+        return {}
+    made = {found.embedder: embedded}
     if found.heads:
         stacked = torch.cat([answer[-1] if isinstance(answer, tuple) else answer for answer in embedded.values()])
-        tables |= {name: dict(zip(embedded, _answers(head, stacked, activated=name in found.activated), strict=True))
-                   for name, head in found.heads.items()}
-    return view(net, lambda name, module: Known(module, asked, tables[name]) if name in tables else None)
+        made |= {name: dict(zip(embedded, _answers(head, stacked, activated=name in found.activated), strict=True))
+                 for name, head in found.heads.items()}
+    return made
+
+
+def modulated(net: nn.Module, asked: Asked, known: Tables) -> nn.Module:
+    """A view of a network, or of a view of it, that looks its modulations up; itself where nothing is known."""
+    return view(net, lambda name, module: Known(module, asked, known[name]) if name in known else None) if known else net
 
 
 def _answers(head: nn.Module, embedded: Tensor, *, activated: bool) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ Moves nothing and names no family.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from latentgen.models.approximate.table import approximated
 from latentgen.models.asked import Asked
 from latentgen.models.family import Family, Modules
 from latentgen.models.heard import heard
-from latentgen.models.modulation import Key, modulated
+from latentgen.models.modulation import Key, Tables, modulated, tables
 from latentgen.models.shared import shared
 from latentgen.run.batch import repeated
 from latentgen.run.passes import Pass
@@ -26,10 +26,15 @@ from latentgen.run.plan import Plan
 from latentgen.run.words import Script
 
 
-def exact(family: Family, modules: Modules, asked: Asked, *, plan: Plan, one: Pass, script: Script, device: torch.device) -> Modules:
-    """The networks of one pass, exact up to rounding: what is known before its first step looked up, what both sides of guidance share and what is made
-    of the words computed once."""
-    return {name: heard(shared(modulated(net, asked, _calls(family, modules, name, plan, one, script, device)), asked), asked) for name, net in modules.items()}
+def known(family: Family, modules: Modules, *, plan: Plan, one: Pass, script: Script, device: torch.device) -> dict[str, Tables]:
+    """Of each network what is known before the first step of a pass, which holds for every view of it."""
+    return {name: tables(net, _calls(family, modules, name, plan, one, script, device)) for name, net in modules.items()}
+
+
+def exact(modules: Modules, asked: Asked, looked_up: Mapping[str, Tables]) -> Modules:
+    """The networks of one pass, exact up to rounding: what is `known` looked up, what both sides of guidance share and what is made of the words
+    computed once."""
+    return {name: heard(shared(modulated(net, asked, looked_up[name]), asked), asked) for name, net in modules.items()}
 
 
 def approximate(modules: Modules, asked: Asked, *, plan: Plan, shape: tuple[int, int], tallies: dict[str, Tally]) -> Modules:

@@ -28,6 +28,7 @@ from latentgen.models.around import around
 from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Family, Modules, Scene
+from latentgen.models.modulation import Tables
 from latentgen.models.weaken import weakened
 from latentgen.pixels.image import to_images, to_tensor
 from latentgen.pixels.latent import decode, encode
@@ -43,7 +44,7 @@ from latentgen.run.plan import Plan
 from latentgen.run.recipe import make_recipe
 from latentgen.run.residency import Residency
 from latentgen.run.result import Result
-from latentgen.run.shortcuts import approximate, exact
+from latentgen.run.shortcuts import approximate, exact, known
 from latentgen.run.sizing import source_pixels
 from latentgen.run.steering import steered
 from latentgen.run.words import Script, Speaker
@@ -178,7 +179,7 @@ class Work:
         return z0
 
     def encoded(self, one: Pass, pixels: Tensor, *, wrap: tuple[int, ...]) -> tuple[Tensor, tuple[str, ...]]:
-        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), in float32 once more where the half-precision encoder overflows, which the notes then say.
+        """Pixels (1, 3, H, W) -> native latents (1, c, h, w), and a note where the encoder overflows in half precision and they are made in float32.
 
         wrap: the axes along which the edges of these pixels meet: of a window's not those along which it is a part.
         """
@@ -224,12 +225,14 @@ class Work:
         modules = {**modules, **{name: net for name, net in views.items() if net is not None}}
         layers = {name: options["layers"] for name, options in plan.guiders.items() if "layers" in options}
 
+        @cache  # a weaker network is a view of the same one, and is told the same of each level
+        def looked_up(script: Script) -> dict[str, Tables]:
+            return known(self.family, modules, plan=plan, one=one, script=script, device=self.residency.device)
+
         @cache
         def quick(script: Script, guider: str = "") -> tuple[Modules, Asked]:
             asked, nets = Asked(), weakened(modules, guider=guider, layers=layers[guider]) if guider else modules
-            if plan.speed != "exact":
-                return nets, asked
-            return exact(self.family, nets, asked, plan=plan, one=one, script=script, device=self.residency.device), asked
+            return (nets if plan.speed != "exact" else exact(nets, asked, looked_up(script))), asked
 
         def placed(estimate: Estimate) -> Estimate:
             """One evaluation, turned where edges are to meet and the network cannot be told so."""
