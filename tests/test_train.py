@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_gpu import GPU, Waits
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
 
-from latentgen.errors import TrainingError
+from latentgen.cli import app
+from latentgen.errors import RequestError, TrainingError
+from latentgen.run.residency import choose_device
 from latentgen.train import denoiser, stages, text, vae
 from latentgen.train.captions import HeldOut, Icon, _segment, natural
 from latentgen.train.data import PictureSetReader, _recolours, _without_faults
@@ -256,6 +261,42 @@ def test_denoiser_cache_batches_and_loss(tmp_path: Path, tiny_folder: Path) -> N
     assert terms["loss"].item() > 0 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in unet.parameters())
     sheet = denoiser.sheet(autoencoder, encoder, tiny_folder / "tokenizer", ["a"] * 6, size=32, scale=1.0)(unet)
     assert sheet.size == (192, 32)
+
+
+def test_losses_stay_on_their_device() -> None:
+    """On a CUDA device that is made up, where an operation on tensors of two devices is an error as on a real one."""
+    from diffusers import UNet2DConditionModel
+
+    with FakeTensorMode(), Waits():  # who answers what the host asks of it
+        with GPU:
+            towers, autoencoder, unet = text.TwoTowers(), vae.new_vae(), UNet2DConditionModel(
+                sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=8, cross_attention_dim=16,
+                attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+        words, pixels = torch.zeros(2, 32, dtype=torch.long, device=GPU), torch.zeros(2, 3, 96, 96, device=GPU)
+        batches = ((towers, text.loss, {"pixels": pixels, "tokens": words, "extra": words, "targets": torch.zeros(2, 384, device=GPU)}),
+                   (autoencoder, vae.loss, {"pixels": pixels.byte()}),
+                   (unet, denoiser.loss_function(device=GPU), {"latents": torch.zeros(2, 4, 8, 8, device=GPU), "states": torch.zeros(2, 5, 16, device=GPU)}))
+        for network, loss, batch in batches:
+            assert all(term.device == GPU for term in loss(network, batch).values())
+        states = torch.zeros(2, 5, 16, device=GPU)
+        assert denoiser.sample(unet, states, states[:1], size=64, steps=2).device == GPU
+
+
+def test_a_device_reaches_every_part_and_one_that_is_missing_is_refused(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = _set(tmp_path / "set"), []
+    monkeypatch.setattr(stages, "PictureSetReader", lambda folder: PictureSetReader(folder, size=32))
+    monkeypatch.setattr(stages, "fit", lambda model, *_, device, **__: seen.append(device) or model)
+    monkeypatch.setattr(stages.text_training, "sentence_embeddings", lambda lines, *, device: seen.append(device) or np.zeros((len(lines), 384), np.float32))
+    stages.train_vae(data, tmp_path / "vae", minutes=1, device="auto")
+    stages.train_text(data, tmp_path / "text", minutes=1, device="auto")
+    stages.train_denoiser(data, tmp_path / "unet", size=32, minutes=1, vae=tmp_path / "vae", text=tmp_path / "text", device="auto")
+    assert seen == [choose_device("auto")] * 4
+    for train in (stages.train_vae, stages.train_text):
+        with pytest.raises(RequestError, match="device is 'cuda:99', which this machine does not have: use 'auto' or 'cpu'"):
+            train(tmp_path / "nowhere", tmp_path / "run", minutes=1, device="cuda:99")
+    said = CliRunner().invoke(app, ["train", "vae", "--data", str(data), "--run", str(tmp_path / "run"), "--device", "toaster"])
+    assert (said.exit_code, said.stderr) == (2, "error: device is 'toaster': expected 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_grown_denoiser_keeps_what_it_learnt() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from latentgen.errors import OutputError, TrainingError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make a model like glyph from the packaged icon sets, on a CPU.",
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Make a model like glyph from the packaged icon sets; a CPU is enough.",
                   epilog="In this order:  data, then text and vae (in any order), then denoiser, then export. "
                          "Each can be stopped with Ctrl-C and goes on when run again.")
 
@@ -25,6 +25,8 @@ Run = Annotated[Path, _folder("--run", "Where the run is kept: state, loss.csv, 
 Minutes = Annotated[float, typer.Option(help="Minutes of training in all, above 0; earlier runs in the same folder count.")]
 Rate = Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW, above 0.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.", show_default=False)]
+
+Device = Annotated[str, typer.Option(help="Where it learns: cpu, cuda, cuda:1, mps or auto.", metavar="NAME")]
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def data(out: Annotated[Path, _folder("--out", "Where the set goes.")],
 
 
 @app.command(epilog="Example:  latentgen train text --data glyph-data --run runs/text --minutes 40")
-def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: Threads = None,
+def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: Threads = None, device: Device = "cpu",
          resume_from: Annotated[Path | None,
                                 _folder("--resume-from", "A checkpoint to start from, such as weights/glyph.", there=True)] = None) -> None:
     """Train the text encoder and its picture tower, a small CLIP.
@@ -83,12 +85,12 @@ def text(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 1e-3, threads: 
     with _stoppable("the text encoder"):
         from latentgen.train.stages import train_text
 
-        train_text(data, run, minutes=minutes, lr=lr, threads=threads, resume_from=resume_from)
+        train_text(data, run, minutes=minutes, lr=lr, threads=threads, device=device, resume_from=resume_from)
     typer.echo(f"{run / 'model'}: the text encoder is trained")
 
 
 @app.command(epilog="Example:  latentgen train vae --data glyph-data --run runs/vae --minutes 40")
-def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: Threads = None,
+def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: Threads = None, device: Device = "cpu",
         resume_from: Annotated[Path | None, _folder("--resume-from", "Autoencoder weights to start from.", there=True)] = None,
         decoder_only: Annotated[bool, typer.Option("--decoder-only",
                                                    help="Keep the encoder, so that denoisers trained on its latents stay valid.")] = False) -> None:
@@ -100,7 +102,7 @@ def vae(data: Data, run: Run, minutes: Minutes = 40, lr: Rate = 6e-4, threads: T
     with _stoppable("the autoencoder"):
         from latentgen.train.stages import train_vae
 
-        train_vae(data, run, minutes=minutes, lr=lr, threads=threads, resume_from=resume_from, decoder_only=decoder_only)
+        train_vae(data, run, minutes=minutes, lr=lr, threads=threads, device=device, resume_from=resume_from, decoder_only=decoder_only)
     typer.echo(f"{run / 'model'}: the autoencoder is trained")
 
 
@@ -109,7 +111,7 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
              vae: Annotated[Path, _folder("--vae", "The run folder of `train vae`, finished, or a checkpoint.", there=True)],
              size: Annotated[int, typer.Option(help="Side of the pictures in pixels: 128 learns four times as fast, 256 is the end.")] = 256,
              minutes: Minutes = 120, lr: Rate = 6e-4, batch: Annotated[int, typer.Option(help="Pictures per step, 1 or more.")] = 48,
-             threads: Threads = None,
+             threads: Threads = None, device: Device = "cpu",
              start: Annotated[Path | None, _folder("--start", "U-Net weights to start from, such as a smaller size's RUN/model.", there=True)] = None,
              grow: Annotated[bool, typer.Option("--grow", help="Put a new outer level around the weights of --start: "
                                                                "for pictures of twice their side.")] = False,
@@ -125,7 +127,7 @@ def denoiser(data: Data, run: Run, text: Annotated[Path, _folder("--text", "The 
     with _stoppable("the denoiser"):
         from latentgen.train.stages import train_denoiser
 
-        train_denoiser(data, run, size=size, minutes=minutes, lr=lr, batch=batch, threads=threads, vae=_finished(vae, "vae"),
+        train_denoiser(data, run, size=size, minutes=minutes, lr=lr, batch=batch, threads=threads, device=device, vae=_finished(vae, "vae"),
                        text=_finished(text, "text"), start=start, grow=grow, decay=decay, core=core)
     typer.echo(f"{run / 'model'}: the denoiser is trained")
 

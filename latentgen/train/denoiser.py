@@ -126,14 +126,15 @@ def cache_latents(reader: PictureSetReader, rows: list[int], vae: nn.Module, out
     fresh = not out.exists() or np.load(out, mmap_mode="r").shape != shape
     z = np.lib.format.open_memmap(out, mode="w+" if fresh else "r+", dtype=np.float16, shape=shape)
     shrink = drawn // size
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    place = next(vae.parameters()).device
+    with torch.no_grad(), torch.autocast(place.type, dtype=torch.bfloat16):
         for at in tqdm(range(0, len(rows), batch), desc=f"latents at {size} px", unit="batch"):
             if np.any(z[min(at + batch, len(rows)) - 1]):
                 continue
-            pixels = torch.from_numpy(reader.on_white(rows[at:at + batch])).permute(0, 3, 1, 2).float()
+            pixels = torch.from_numpy(reader.on_white(rows[at:at + batch])).to(place).permute(0, 3, 1, 2).float()
             if shrink > 1:
                 pixels = nn.functional.avg_pool2d(pixels, shrink)
-            z[at:at + batch] = encode(vae, (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float().numpy()
+            z[at:at + batch] = encode(vae, (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)).float().cpu().numpy()
     z.flush()
     return z
 
@@ -152,9 +153,10 @@ def cache_text(reader: PictureSetReader, rows: list[int], encoder: nn.Module, to
         choices.append((np.array([captions.setdefault(line, len(captions)) for line in lines]), weights / weights.sum()))
     tokens = torch.from_numpy(text_training.tokens_of(list(captions), tokenizer))
     states = np.empty((len(tokens), tokens.shape[1], encoder.config.hidden_size), np.float16)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    place = next(encoder.parameters()).device
+    with torch.no_grad(), torch.autocast(place.type, dtype=torch.bfloat16):
         for at in tqdm(range(0, len(tokens), 256), desc="text states", unit="batch"):
-            states[at:at + 256] = encoder(tokens[at:at + 256]).last_hidden_state.float().numpy()
+            states[at:at + 256] = encoder(tokens[at:at + 256].to(place)).last_hidden_state.float().cpu().numpy()
     return states, choices
 
 
@@ -177,7 +179,7 @@ def batches(cache: Cache, *, batch: int, seed: int) -> Iterator[Batch]:
         yield {"latents": torch.from_numpy(cache.latents[rows]), "states": torch.from_numpy(cache.states[captions])}
 
 
-def loss_function(*, device: str = "cpu") -> Callable[[nn.Module, Batch], Mapping[str, Tensor]]:
+def loss_function(*, device: str | torch.device = "cpu") -> Callable[[nn.Module, Batch], Mapping[str, Tensor]]:
     """Mean squared error of v = alpha * eps - sigma * x0 (Salimans and Ho 2022), time stratified over the batch."""
     table = alphas_bar().to(device)
 
@@ -198,7 +200,7 @@ def sample(unet: nn.Module, states: Tensor, empty: Tensor, *, size: int, steps: 
     """A DDIM loop for the training sheet only (the product samples through `pipe`): (n, 32, width) states -> (n, 4, size/8, size/8)."""
     table = alphas_bar().to(states)
     x = torch.randn(len(states), 4, size // 8, size // 8, generator=torch.Generator().manual_seed(seed)).to(states)
-    times = torch.linspace(TRAIN_STEPS - 1, -1, steps + 1).round().long()[:-1]
+    times = torch.linspace(TRAIN_STEPS - 1, -1, steps + 1).round().long()[:-1].to(states.device)
     both = torch.cat([empty.expand_as(states), states])
     for i, time in enumerate(times):
         alpha, sigma = table[time].sqrt(), (1 - table[time]).sqrt()
@@ -211,14 +213,15 @@ def sample(unet: nn.Module, states: Tensor, empty: Tensor, *, size: int, steps: 
 
 
 def sheet(vae: nn.Module, encoder: nn.Module, tokenizer: Path, prompts: list[str], *, size: int, scale: float) -> Callable[[nn.Module], Image.Image]:
-    """A function that draws the prompts with the network as it is, for the training loop. `scale`: of the latents."""
+    """A function that draws the prompts with the network as it is, for the training loop, where the other two parts are. `scale`: of the latents."""
+    place = next(encoder.parameters()).device
     with torch.no_grad():
-        states = encoder(torch.from_numpy(text_training.tokens_of(["", *prompts], tokenizer))).last_hidden_state.float()
+        states = encoder(torch.from_numpy(text_training.tokens_of(["", *prompts], tokenizer)).to(place)).last_hidden_state.float()
 
     def draw(unet: nn.Module) -> Image.Image:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), torch.autocast(place.type, dtype=torch.bfloat16):
             z = sample(unet, states[1:], states[:1], size=size) / scale
-            pixels = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+            pixels = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample.float().cpu()
         tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         rows = [np.concatenate(list(tiles[at:at + 6]), 1) for at in range(0, len(tiles) - 5, 6)]
         return Image.fromarray(np.concatenate(rows, 0))

@@ -59,13 +59,14 @@ class Budget:
 
 
 def fit(model: nn.Module, loss: Callable[[nn.Module, Batch], Mapping[str, Tensor]], batches: Iterator[Batch], out: Path, budget: Budget, *,
-        sheet: Callable[[nn.Module], Image.Image] | None = None, stop: Event | None = None, device: str = "cpu", bf16: bool = True,
+        sheet: Callable[[nn.Module], Image.Image] | None = None, stop: Event | None = None, device: str | torch.device = "cpu", bf16: bool = True,
         label: str = "train") -> nn.Module:
-    """Train `model` until the budget is used up, or `stop` is set; return its EMA copy.
+    """Train `model` until the budget is used up, or `stop` is set; return its EMA copy, on the CPU.
 
     Args:
         loss: (model, batch) -> named scalars; "loss" is minimised, the others are logged.
-        batches: endless; drawn ahead in a thread.
+        batches: endless; drawn ahead in a thread, on the CPU.
+        device: where the model learns.
         sheet: EMA model -> a picture of how it does now, saved as `sheet.png` at each checkpoint.
 
     Raises:
@@ -114,7 +115,7 @@ def fit(model: nn.Module, loss: Callable[[nn.Module, Batch], Mapping[str, Tensor
     finally:
         bar.close()
         state.save(out, model, ema, optimiser, sheet)
-    return ema
+    return ema.cpu()
 
 
 class _Run:

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from latentgen.errors import TrainingError
+from latentgen.run.residency import choose_device
 from latentgen.train import denoiser as denoiser_training
 from latentgen.train import text as text_training
 from latentgen.train import vae as vae_training
@@ -55,18 +56,20 @@ def build_data(out: Path, *, size: int = 256, processes: int = 2) -> Path:
 
 
 def train_vae(data: Path, run: Path, *, minutes: float, lr: float = 6e-4, threads: int | None = None, resume_from: Path | None = None,
-              decoder_only: bool = False) -> Path:
+              decoder_only: bool = False, device: str = "cpu") -> Path:
     """Train the autoencoder; returns the folder of its weights.
 
     Args:
         resume_from: a folder of AutoencoderTiny weights to start from (the shipped ones, say) where the run itself has no state yet.
         decoder_only: keep the encoder as it is, so that latents and denoisers made with it stay valid.
+        device: "cpu", "cuda", "cuda:1", "mps" or "auto".
 
     Raises:
-        TrainingError: decoder_only without weights to keep the encoder of.
+        TrainingError: decoder_only without weights to keep the encoder of. RequestError: a device that is not there.
     """
     if decoder_only and resume_from is None:
         raise TrainingError("decoder_only keeps a trained encoder, but none was given: pass resume_from (--resume-from), and a run folder of its own")
+    place = choose_device(device)
     _threads(threads)
     reader = PictureSetReader(data)
     torch.manual_seed(_seed(run))
@@ -80,19 +83,24 @@ def train_vae(data: Path, run: Path, *, minutes: float, lr: float = 6e-4, thread
     model.encoder.requires_grad_(not decoder_only)
     rows = reader.rows("comp", "style", "concept")[::37][:10]
     ema = fit(model, lambda m, b: vae_training.loss(m, b, train_encoder=not decoder_only), vae_training.crops(reader, seed=_seed(run)), run,
-              Budget(minutes, lr=lr, warmup=60, ema=0.998, decay=0.4), sheet=vae_training.sheet(reader, rows), label="vae")
+              Budget(minutes, lr=lr, warmup=60, ema=0.998, decay=0.4), sheet=vae_training.sheet(reader, rows), device=place, label="vae")
     if not decoder_only:
         ema.register_to_config(scaling_factor=vae_training.unit_scale(ema, reader.on_white(reader.rows("train")[::100])))
     return _keep(ema, run)
 
 
 def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threads: int | None = None, batch: int = 192,
-               resume_from: Path | None = None) -> Path:
+               resume_from: Path | None = None, device: str = "cpu") -> Path:
     """Train the text encoder and its picture tower; returns the folder of the CLIPModel and its tokenizer.
 
     Args:
         resume_from: a glyph folder (text_encoder, vision_tower, tokenizer) to start from where the run has no state yet.
+        device: see `train_vae`; it holds for the sentence encoder, too.
+
+    Raises:
+        RequestError: a device that is not there.
     """
+    place = choose_device(device)
     _threads(threads)
     reader = PictureSetReader(data)
     run.mkdir(parents=True, exist_ok=True)
@@ -104,19 +112,19 @@ def train_text(data: Path, run: Path, *, minutes: float, lr: float = 1e-3, threa
         else:
             shutil.copytree(resume_from / "tokenizer", tokenizer, dirs_exist_ok=True)
         (run / "lines.json").write_text(json.dumps(lines))
-        np.save(run / "targets.part.npy", text_training.sentence_embeddings(lines))
+        np.save(run / "targets.part.npy", text_training.sentence_embeddings(lines, device=place))
         (run / "targets.part.npy").replace(run / "targets.npy")
     lines, targets = json.loads((run / "lines.json").read_text()), np.load(run / "targets.npy")
     torch.manual_seed(_seed(run))
     model = text_training.TwoTowers() if resume_from is None else text_training.from_transformers(_shipped_clip(resume_from))
     ema = fit(model, text_training.loss, text_training.pairs(reader, tokenizer, lines, targets, batch=batch, seed=_seed(run)), run,
-              Budget(minutes, lr=lr, ema=0.998, weight_decay=0.1), label="text")
+              Budget(minutes, lr=lr, ema=0.998, weight_decay=0.1), device=place, label="text")
     return _keep(text_training.to_transformers(ema), run)
 
 
 def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: float = 6e-4, batch: int = 48, threads: int | None = None, vae: Path,
                    text: Path,
-                   start: Path | None = None, grow: bool = False, decay: float = 0.3, core: bool = False) -> Path:
+                   start: Path | None = None, grow: bool = False, decay: float = 0.3, core: bool = False, device: str = "cpu") -> Path:
     """Train the U-Net at one size; returns the folder of its weights.
 
     Args:
@@ -126,19 +134,21 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
         grow: put a new outer level around those weights, for pictures of twice the side.
         decay: share of the budget over which the learning rate falls; 0 leaves it up for a following run.
         core: leave out skin tones and interface icons (a quarter less to encode before a short run).
+        device: see `train_vae`; it holds for the two other parts, too.
 
     Raises:
-        TrainingError: grow without weights to grow from.
+        TrainingError: grow without weights to grow from. RequestError: a device that is not there.
     """
     from diffusers import AutoencoderTiny, UNet2DConditionModel
 
     if grow and start is None:
         raise TrainingError("grow puts a level around trained weights, but none were given: pass start (--start), the model/ of a smaller size's run")
+    place = choose_device(device)
     _threads(threads)
     reader = PictureSetReader(data)
     run.mkdir(parents=True, exist_ok=True)
-    encoder = _clip(text).text_model
-    autoencoder = AutoencoderTiny.from_pretrained(_weights(vae, "vae"), torch_dtype=torch.float32).eval().to(memory_format=torch.channels_last)
+    encoder = _clip(text).text_model.to(place)
+    autoencoder = AutoencoderTiny.from_pretrained(_weights(vae, "vae"), torch_dtype=torch.float32).eval().to(place, memory_format=torch.channels_last)
     scale = float(autoencoder.config.scaling_factor)
     rows = denoiser_training.training_rows(reader, core=core)
     latents = denoiser_training.cache_latents(reader, rows, autoencoder,
@@ -148,11 +158,12 @@ def train_denoiser(data: Path, run: Path, *, size: int, minutes: float, lr: floa
     torch.manual_seed(_seed(run))
     unet = denoiser_training.new_unet() if start is None else UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
     unet = denoiser_training.grown(unet) if grow else unet
-    denoiser_training.explicit_attention(unet)
+    if place.type == "cpu":
+        denoiser_training.explicit_attention(unet)
     sheet = denoiser_training.sheet(autoencoder, encoder, text / "tokenizer", list(SHEET), size=size, scale=scale)
-    ema = fit(unet.to(memory_format=torch.channels_last), denoiser_training.loss_function(),
+    ema = fit(unet.to(memory_format=torch.channels_last), denoiser_training.loss_function(device=place),
               denoiser_training.batches(cache, batch=batch, seed=_seed(run)), run,
-              Budget(minutes, lr=lr, decay=decay, save_minutes=5), sheet=sheet, label=f"denoiser {size} px")
+              Budget(minutes, lr=lr, decay=decay, save_minutes=5), sheet=sheet, device=place, label=f"denoiser {size} px")
     return _keep(ema, run)
 
 
@@ -220,7 +231,7 @@ def _fingerprint(encoder: nn.Module, ids: list[str]) -> str:
     """Eight hex digits of an encoder's weights and of the pictures: latents of others are never taken for these."""
     whole = hashlib.sha256("\n".join(ids).encode())
     for tensor in encoder.state_dict().values():
-        whole.update(tensor.contiguous().numpy().tobytes())
+        whole.update(tensor.cpu().contiguous().numpy().tobytes())
     return whole.hexdigest()[:8]
 
 

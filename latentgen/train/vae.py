@@ -125,12 +125,12 @@ def preview_rows(vae: nn.Module, pixels: np.ndarray) -> list[list[float]]:
 
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: np.ndarray, *, bf16: bool = True) -> np.ndarray:
-    """(n, H, W, 3) uint8 -> the same after encoding and decoding."""
-    out = []
+    """(n, H, W, 3) uint8 -> the same after encoding and decoding, where the autoencoder is."""
+    out, place = [], next(vae.parameters()).device
     for picture in pixels:
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float().contiguous(memory_format=torch.channels_last) / 127.5 - 1
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            y = vae.decode(encode(vae, x)).sample.float()
+        x = torch.from_numpy(picture).to(place).permute(2, 0, 1)[None].float().contiguous(memory_format=torch.channels_last) / 127.5 - 1
+        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=bf16):
+            y = vae.decode(encode(vae, x)).sample.float().cpu()
         out.append(((y[0].permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
     return np.stack(out)
 
