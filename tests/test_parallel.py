@@ -20,6 +20,7 @@ from tiny_folders import tiny
 import latentgen
 from latentgen.cli.together import joined
 from latentgen.errors import RequestError
+from latentgen.run import parallel
 from latentgen.run.approximating import decided_alone
 from latentgen.run.denoising import evaluated
 from latentgen.run.parallel import ALONE, Parallel, Several, Team, blocks, join_group, own_device
@@ -264,6 +265,47 @@ def test_each_process_has_the_device_that_torchrun_means(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert (own_device("auto"), own_device("cuda"), own_device("cuda:0"), own_device("cpu")) == ("cuda:1", "cuda:1", "cuda:0", "cpu")
+
+
+def test_on_gpus_nothing_is_left_to_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl's barrier makes a tensor, diffusers asks for the current device: both are to be this process's own."""
+    import torch.distributed as dist
+
+    asked: list[Any] = []
+    monkeypatch.setattr(dist, "barrier", lambda group, device_ids=None: asked.append(device_ids))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: None)
+    for device in ("cuda:1", "cpu"):
+        Several(1, 2, "group", torch.device(device)).leave(done=True)
+    assert asked == [[1], None]
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "Group", lambda way, device: device)
+    assert join_group("cfg", torch.device("cuda:1")) == asked.pop() == torch.device("cuda:1")
+
+
+TWO_GPUS = """
+import os, sys, torch, torch.distributed as dist, latentgen
+rank = int(os.environ["RANK"])
+dist.init_process_group(rank=rank, world_size=2)
+said = dict(seed=3, steps=3, width=64, height=64, negative_prompt="a dog", guidance_scale=4.0)
+pipe = latentgen.load(sys.argv[1], parallel="cfg", dtype="float32", progress=False)
+assert str(pipe.residency.device) == f"cuda:{rank}" and torch.cuda.current_device() == rank
+made = [pipe.txt2img("a red heart", **said).latents for _ in range(2)]
+alone = latentgen.load(sys.argv[1], device=f"cuda:{rank}", dtype="float32", progress=False).txt2img("a red heart", **said).latents
+assert all((one - alone).abs().max() < 1e-4 * alone.abs().max() for one in made)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_make_the_picture_of_one(tiny_folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        around = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    workers = [subprocess.Popen([sys.executable, "-c", TWO_GPUS, str(tiny_folder)], env=around | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
 
 
 def test_a_command_of_one_process_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

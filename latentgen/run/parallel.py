@@ -174,7 +174,7 @@ class Several(Team):
         try:
             if done:
                 with _lost():
-                    dist.barrier(group)
+                    dist.barrier(group, device_ids=[self._device.index] if self._device.type == "cuda" else None)  # or nccl takes the first GPU for all
         finally:
             dist.destroy_process_group(group)
 
@@ -265,6 +265,8 @@ def join_group(way: str, device: torch.device) -> Group:
         raise RequestError("parallel is given but there is one process only: start more (torchrun --nproc-per-node 2), or leave it out")
     if device.type not in ("cpu", "cuda"):
         raise RequestError(f"parallel is given but torch's processes cannot share what is on {device.type}: use device='cpu', or leave it out")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # as every program under torchrun: what nccl and diffusers make for themselves is made on this process's own GPU
     return Group(way, device)
 
 
