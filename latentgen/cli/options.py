@@ -166,7 +166,7 @@ MACHINE: Group = (
             "follow, and the plan tells memory and time.", metavar="SIZE"),
     _option(_M, "residency", str, "--residency", "resident keeps every part in memory, stage only the one that runs, stream and disk only one block of it.",
             default="resident", metavar="NAME"),
-    _option(_M, "speed", str, "--speed", "exact (faster networks, the same picture up to rounding) or plain.", default="exact", metavar="NAME"),
+    _option(_M, "speed", str, "--speed", "exact (faster networks, the same picture up to rounding), plain, or on a CUDA device graphs.", default="exact", metavar="NAME"),
     _option(_M, "compile", bool, "--compile", "Compile the networks: the first picture takes a minute or more, later ones of the same process less.", default=False),
 )
 

@@ -23,6 +23,7 @@ from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
 from latentgen.models.quantise import WAYS
 from latentgen.models.context import check_context
+from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.budget import fitted, memory_bytes
@@ -34,7 +35,7 @@ from latentgen.run.parallel import Group, join_group, own_device
 from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
-from latentgen.run.residency import COMPILED, POLICIES, SPEEDS, STREAMING, Residency, choose_device, choose_dtype
+from latentgen.run.residency import COMPILED, POLICIES, SPEEDS, STREAMING, Residency, check_graphs, choose_device, choose_dtype
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
 from latentgen.run.speed import speeds
@@ -64,7 +65,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         dtype: "auto", "float32", "bfloat16", "float16" of the networks; latents are always float32.
         residency: "resident" keeps every part loaded, "stage" only the part that runs, "stream" and "disk" only the block that runs, from main
             memory or from the file (docs/memory.md).
-        speed: "exact" (networks made faster on this machine, the same picture up to rounding; see docs/speed.md) or "plain" (as diffusers has them).
+        speed: "exact" (networks made faster on this machine, the same picture up to rounding; see docs/speed.md) "plain" (as diffusers has
+            them) or, on a CUDA device, "graphs" (plain, each kind of call captured once in a run and replayed as a CUDA graph).
         compile: compile the blocks of the networks with torch.compile instead: a minute or more for the first picture, faster after it.
         progress: a bar on stderr; None shows one in a terminal or notebook only.
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
@@ -91,6 +93,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     if quantise is not None and residency in STREAMING:
         raise RequestError(f"quantise is given with residency={residency!r}, whose blocks come as their file has them: use 'resident' or 'stage', or leave quantise out")
     place = choose_device(own_device(device) if parallel is not None else device)
+    if speed == GRAPHS:
+        check_graphs(place, residency, alone=parallel is None and not compile)
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)

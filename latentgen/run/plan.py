@@ -19,6 +19,7 @@ from latentgen.diffusion.table import in_words
 from latentgen.errors import RequestError
 from latentgen.models.approximate.table import APPROXIMATIONS
 from latentgen.models.family import Family
+from latentgen.models.fast.graphs import GRAPHS
 from latentgen.run.approximating import approximations_of, decided_alone
 from latentgen.run.guiding import OPTIONS, guidance_of, idle
 from latentgen.run.levels import levels_of
@@ -299,6 +300,10 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         approximate = decided_alone(approximate, (lambda problem: notes.append(f"tuned, but left alone: {problem}")) if tuned else refuse,
                                     way=machine.parallel.way)
         notes += machine.parallel.idle(request.batch * (sides if guided else prompt.composed))
+    if machine.speed == GRAPHS and approximate:
+        problem = "approximate is given but speed is 'graphs', which repeats whole calls of the network: load the model with another speed, or leave approximate out"
+        refuse(problem) if request.approximate is not None else notes.append(f"tuned, but left alone: {problem}")
+        approximate = {}
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
     image_scale = defaults.image_guidance_scale if request.image_guidance_scale is None else request.image_guidance_scale
     return Plan(

@@ -21,6 +21,7 @@ from latentgen.pixels.save import PARAMETERS, read_metadata
 from latentgen.run.foreign import Foreign, read_foreign
 from latentgen.run.parameters import write_parameters
 from latentgen.run.request import PROMPTS, Request
+from latentgen.run.residency import SPEEDS
 from latentgen.run.steering import digest_of
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
 def speed_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """`speed` and `compile` of a recipe, as `load` takes them. The first recipes name none: their networks were plain."""
     said = recipe.get("speed", "plain")
-    return {"speed": "plain" if said == "plain" else "exact", "compile": said == "compiled"}
+    return {"speed": said if said in SPEEDS else "exact", "compile": said == "compiled"}
 
 
 def joined_recipe(recipes: Sequence[Mapping[str, Any]], **about: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Part, Stage
+from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.fast.swap import held_bytes, prepare, promised
 from latentgen.models.load import load_part
 from latentgen.models.modulation import modulation_names
@@ -34,7 +35,7 @@ STREAMING = ("stream", "disk")
 QUANTISED: frozenset[Stage] = frozenset(("text", "denoiser"))  # stages whose parts are held in 8 bits where that is asked for
 STREAMED: tuple[Stage, ...] = ("text", "denoiser")  # stages whose parts are worth streaming
 Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks are streamed
-SPEEDS = ("exact", "plain")
+SPEEDS = ("exact", "plain", GRAPHS)
 COMPILED = "compiled"  # what a pipeline's speed is instead where the networks are compiled
 
 
@@ -149,6 +150,20 @@ class Residency:
         """Bytes of the weights held right now, on any device."""
         with self._lock:
             return sum(map(held_bytes, self._here.values()))
+
+
+def check_graphs(device: torch.device, residency: str, *, alone: bool) -> None:
+    """Whether calls of networks can be captured in such a pipeline; alone: nothing is compiled, and no other process makes the picture too.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    if device.type != "cuda":
+        raise RequestError(f"speed is 'graphs', which needs a CUDA device, and this is for {device.type}: use speed='exact'")
+    if residency in STREAMING:
+        raise RequestError(f"speed is 'graphs' with residency={residency!r}, whose weights come and go: use 'resident', or speed='exact'")
+    if not alone:
+        raise RequestError("speed is 'graphs' with compile or parallel: expected networks as they are and one process, so leave those out")
 
 
 def choose_device(name: str) -> torch.device:

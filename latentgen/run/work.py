@@ -28,6 +28,7 @@ from latentgen.models.around import around
 from latentgen.models.asked import Asked
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Family, Modules, Scene
+from latentgen.models.fast.graphs import GRAPHS, Graphs, OnCuda
 from latentgen.models.modulation import Tables
 from latentgen.models.weaken import weakened
 from latentgen.pixels.image import to_images, to_tensor
@@ -66,6 +67,7 @@ class Work:
         precision: of the denoiser, where it is not that of the pipeline.
         group: of the processes that make each picture together, where there are several; `team` is what this run has of it.
         sampled: the latents that an earlier attempt made, which had no memory left to decode them.
+        graphs: what captures calls of the networks, in a pass where that is done.
     """
 
     family: Family
@@ -80,6 +82,7 @@ class Work:
     group: Group | None = None
     team: Team = ALONE
     sampled: Tensor | None = None
+    graphs: Graphs | None = None
 
     @property
     def precise(self) -> torch.dtype:
@@ -124,7 +127,7 @@ class Work:
             eps, watch = _sent(noise.draw(), device), Watch()
             x = self.start(one, z0, eps, made)
             with self.residency.use("denoiser", dtype=self.precision, policy=plan.residency) as modules:
-                denoise = self.denoisers(one, modules, said, z0, eps)
+                denoise = self.capturing().denoisers(one, modules, said, z0, eps)
                 for step in sample(denoise, x, one.levels, noise=lambda noise=noise: _sent(noise.draw(), device), **plan.options):
                     x = step.x
                     watch.see(step.x0, x)
@@ -212,6 +215,12 @@ class Work:
             return noised(z0.expand_as(eps), eps, first)
         return start(eps, first)
 
+    def capturing(self) -> Work:
+        """The same run, the calls of its networks captured where the plan says so: for one pass, while they stay where they are."""
+        if self.plan.speed != GRAPHS:
+            return self
+        return replace(self, graphs=Graphs(OnCuda(self.residency.device), note=self.notes.append))
+
     def denoisers(self, one: Pass, modules: Modules, scripts: Sequence[Sequence[Script]], z0: Tensor | None, eps: Tensor) -> Denoiser:
         """One denoiser for all pictures, or where their texts differ, to each picture its own."""
         plans = self.plan.pictures or (self.plan,)
@@ -256,7 +265,8 @@ class Work:
 
     def network(self, modules: Modules, asked: Asked) -> Estimate:
         """One evaluation of these networks, which is heard."""
-        return network(replace(self.family, predict=self.heard(self.family.predict)), self.team.networks(modules), asked)
+        modules = self.team.networks(modules) if self.graphs is None else self.graphs.of(modules)
+        return network(replace(self.family, predict=self.heard(self.family.predict)), modules, asked)
 
     def check_finite(self, watch: Watch, done: int) -> None:
         """DenoiserError where a step of this pass, before which `done` were made, gave NaN or infinity."""

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 
 def prepare(module: nn.Module, *, speed: str, device: torch.device) -> nn.Module:
-    """The network itself, made as fast as `speed` says on the device where it will run: "exact", "compiled", or "plain" for as it is.
+    """The network itself, made as fast as `speed` says on the device where it will run: "exact", "compiled", or "plain" for as it is
+    (and "graphs", which captures calls of the network as it is, see `graphs`).
 
     Exact: on a CPU which multiplies bf16, the leaves and small blocks of diffusers' networks in bf16 are swapped; nothing changes but rounding. Every
     other network stays as it was loaded, in float32 bit for bit.
     """
     weight = next(module.parameters(), None)
-    if speed == "plain" or weight is None or not type(module).__module__.startswith("diffusers."):
+    if speed in ("plain", "graphs") or weight is None or not type(module).__module__.startswith("diffusers."):
         return module
     if speed == "compiled":
         from latentgen.models.fast.compiling import compiled
