@@ -347,7 +347,7 @@ def test_only_the_part_is_read() -> None:
     config = json.loads(maker().CONFIGS["sd3-medium"].read_text("utf-8"))["parts"]["text_encoder_3"]
     p = declared("sd3", "text_encoder_3")
     assert tensors.seen == set()
-    part_tensors(dequantised(tensors, torch.float32), p, config)
+    part_tensors(dequantised(tensors), p, config)
     assert tensors.seen and all(name.startswith("text_encoders.t5xxl.") for name in tensors.seen)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentgen.errors import ModelError
-from latentgen.models.convert import LazyTensors, dequantised, gguf_tensors, part_tensors
+from latentgen.models.convert import LazyTensors, dequantised, part_tensors
 from latentgen.models.family import Original, Part
+from latentgen.models.quantise.packed import Packed
 
 
 def test_lazy_tensors_are_those_of_the_files(tmp_path: Path) -> None:
@@ -37,22 +37,23 @@ def test_scaled_fp8(scale: str, mark: str) -> None:
     tensors = {"a.weight": (plain / 0.03).to(fp8), f"a.{scale}": torch.tensor(0.03), "b.weight": plain.to(fp8),
                "b.bias": torch.ones(3, dtype=torch.float16), "c.weight": plain.to(fp8), f"c.{scale}": rows,
                mark: torch.zeros(2, dtype=torch.uint8), "a.scale_input": torch.ones(())}
-    found = dequantised(tensors, torch.bfloat16)
+    found = dequantised(tensors)
     assert sorted(found) == ["a.weight", "b.bias", "b.weight", "c.weight"] and len(found) == 4 and f"a.{scale}" not in found
-    assert torch.equal(found["a.weight"], ((plain / 0.03).to(fp8).float() * 0.03).to(torch.bfloat16))
-    assert float((found["a.weight"].float() - plain).abs().max()) < 0.07 * float(plain.abs().max())
-    assert torch.equal(found["b.weight"], plain.to(fp8).to(torch.bfloat16)) and found["b.bias"] is tensors["b.bias"]
-    assert torch.equal(found["c.weight"], (plain.to(fp8).float() * rows[:, None]).to(torch.bfloat16))
+    a, b, c = (found[f"{name}.weight"].unpacked(torch.bfloat16) for name in "abc")
+    assert torch.equal(a, ((plain / 0.03).to(fp8).float() * 0.03).to(torch.bfloat16))
+    assert float((a.float() - plain).abs().max()) < 0.07 * float(plain.abs().max())
+    assert torch.equal(b, plain.to(fp8).to(torch.bfloat16)) and found["b.bias"] is tensors["b.bias"]
+    assert torch.equal(c, (plain.to(fp8).float() * rows[:, None]).to(torch.bfloat16))
     with pytest.raises(KeyError):
         found[f"a.{scale}"]
 
 
 def test_other_packings_are_refused() -> None:
-    blocks = dequantised({"a.weight": torch.zeros(4, 6, dtype=torch.float8_e4m3fn), "a.weight_scale": torch.ones(4, 3)}, torch.float16)
+    blocks = dequantised({"a.weight": torch.zeros(4, 6, dtype=torch.float8_e4m3fn), "a.weight_scale": torch.ones(4, 3)})
     with pytest.raises(ModelError, match="'a.weight' is packed as .*scale of shape .4, 3."):
         blocks["a.weight"]
     with pytest.raises(ModelError, match="packed as torch.uint8"):
-        dequantised({"a.weight": torch.zeros(4, 3, dtype=torch.uint8), "a.weight_scale": torch.ones(())}, torch.float16)["a.weight"]
+        dequantised({"a.weight": torch.zeros(4, 3, dtype=torch.uint8), "a.weight_scale": torch.ones(())})["a.weight"]
 
 
 def test_scales_go_before_weights_are_split() -> None:
@@ -62,10 +63,10 @@ def test_scales_go_before_weights_are_split() -> None:
     start = "model.diffusion_model.layers.0.attention.qkv."
     mark = {"model.diffusion_model.scaled_fp8": torch.empty(0, dtype=stored.dtype)}
     packed = {f"{start}weight": stored, f"{start}scale_weight": torch.tensor(0.125)} | mark
-    found = part_tensors(dequantised(packed, torch.float32), Part("transformer", "diffusers.X", ("denoiser",), original=original), {})
+    found = part_tensors(dequantised(packed), Part("transformer", "diffusers.X", ("denoiser",), original=original), {})
     assert sorted(found) == [f"layers.0.attention.to_{letter}.weight" for letter in "kqv"]
     for index, letter in enumerate("qkv"):
-        assert torch.equal(found[f"layers.0.attention.to_{letter}.weight"], stored[4 * index:4 * index + 4].float() * 0.125)
+        assert torch.equal(found[f"layers.0.attention.to_{letter}.weight"].unpacked(torch.float32), stored[4 * index:4 * index + 4].float() * 0.125)
 
 
 def k_block(scales: list[int], mins: list[int], codes: Tensor) -> bytes:
@@ -99,7 +100,8 @@ def test_gguf(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    found = gguf_tensors(tmp_path / "x.gguf", torch.float32)
+    stored = LazyTensors(tmp_path / "x.gguf")
+    found = {name: plain(stored[name]) for name in stored}
     assert sorted(found) == ["BF16", "F16", "F32", "Q4_0", "Q4_K", "Q5_0", "Q8_0", "conv"]
     assert torch.equal(found["F32"], values) and torch.equal(found["conv"], values.reshape(3, 4, 8, 8))
     assert torch.equal(found["F16"], values.half().float()) and torch.equal(found["BF16"], values.bfloat16().float())
@@ -109,17 +111,22 @@ def test_gguf(tmp_path: Path) -> None:
         assert bool((error <= 1.02 * largest / steps).all()) and bool((error > 0).any()), name
     wanted = 0.5 * torch.tensor(scales)[:, None] * codes - 0.25 * torch.tensor(mins)[:, None]
     assert torch.equal(found["Q4_K"], wanted.reshape(1, 256))
-    assert gguf_tensors(tmp_path / "x.gguf", torch.bfloat16)["Q8_0"].dtype == torch.bfloat16
+    assert torch.equal(stored["Q8_0"].unpacked(torch.bfloat16), found["Q8_0"].to(torch.bfloat16))
     with pytest.raises(KeyError):
-        found["absent"]
+        stored["absent"]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    return tensor.unpacked(torch.float32) if isinstance(tensor, Packed) else tensor.float()
 
 
 def test_gguf_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match=r'x.gguf is a GGUF file, which needs the gguf package: pip install "latentgen\[gguf\]"'):
-        gguf_tensors(tmp_path / "x.gguf", torch.float32)
-    monkeypatch.undo()
-    pytest.importorskip("gguf")
-    with pytest.raises(ModelError, match="x.gguf cannot be read as GGUF"):
-        gguf_tensors(tmp_path / "x.gguf", torch.float32)
+    from test_header import gguf
+
+    (tmp_path / "x.gguf").write_bytes(gguf({"a": ((32, 2), 2)}))
+    monkeypatch.setattr("latentgen.models.convert.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r'x.gguf is packed in blocks, which needs the gguf package: pip install "latentgen\[gguf\]"'):
+        LazyTensors(tmp_path / "x.gguf")
+    (tmp_path / "y.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ModelError, match="y.gguf"):
+        LazyTensors(tmp_path / "y.gguf")

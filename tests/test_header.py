@@ -323,9 +323,9 @@ def test_gguf_agrees_with_its_own_writer(tmp_path: Path) -> None:
 
 
 def test_types_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(gguf({"a": ((256,), 14)}))
-    refused(tmp_path / "x.gguf", "type Q6_K", "first 'a'", "expected F32, F16, BF16, Q4_0, Q5_0, Q8_0, Q4_K")
-    assert read_header(tmp_path / "x.gguf", any_type=True).tensors["a"].dtype == "Q6_K"
+    (tmp_path / "x.gguf").write_bytes(gguf({"a": ((256,), 16)}))
+    refused(tmp_path / "x.gguf", "type IQ2_XXS", "first 'a'", "expected F32, F16, BF16, Q4_0, Q4_1, Q5_0")
+    assert read_header(tmp_path / "x.gguf", any_type=True).tensors["a"].dtype == "IQ2_XXS"
 
 
 ONE = {"a": ((4,), 0)}

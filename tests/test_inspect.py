@@ -300,9 +300,9 @@ def test_a_checkpoint_is_none_of_its_parts() -> None:
 def test_notes_on_what_cannot_be_loaded(tmp_path: Path) -> None:
     from test_header import gguf
 
-    (tmp_path / "x.gguf").write_bytes(gguf({"double_blocks.0.a.weight": ((256, 2), 14), "b": ((4,), 0)}, {"general.architecture": "net"}))
+    (tmp_path / "x.gguf").write_bytes(gguf({"double_blocks.0.a.weight": ((256, 2), 16), "b": ((4,), 0)}, {"general.architecture": "net"}))
     notes = " ".join(latentgen.inspect(tmp_path / "x.gguf").notes)
-    assert "1 tensors of the type Q6_K" in notes and "'net'" in notes and "a denoiser that fits no family" in notes
+    assert "1 tensors of the type IQ2_XXS" in notes and "'net'" in notes and "a denoiser that fits no family" in notes
     eight = {"double_blocks.0.x.weight": ("F8_E4M3", (4, 4)), "double_blocks.0.x.scale_weight": ("F32", ()), "scaled_fp8": ("F8_E4M3", (2,))}
     assert "fp8 weights with a scale beside each" in latentgen.inspect(sparse(tmp_path / "y.safetensors", eight)).notes
     nf4 = {"double_blocks.0.x.weight": ("U8", (8, 1)), "double_blocks.0.x.weight.quant_state.bitsandbytes__nf4": ("U8", (9,))}

@@ -23,6 +23,9 @@ from torch import Tensor
 import latentgen
 from latentgen.errors import ModelError
 from latentgen.models.card import families
+from latentgen.models.paper import paper_part
+from latentgen.models.quantise.held import HeldLinear
+from latentgen.models.streamed import weight_bytes
 
 PROMPT = "a red heart, flat"
 DENOISERS = ("unet", "transformer")
@@ -224,6 +227,22 @@ def test_eight_bit_floats(folders: Folders, expected: Any, tmp_path: Path, scale
     made = drawn(opened(file, config=folders("flux1")))
     assert equal(made, drawn(opened(plain, config=folders("flux1"))))
     near(made, expected("flux1"), least=0, most=0.1)
+    kept_packed(file, made, config=folders("flux1"))
+
+
+def kept_packed(file: Path, made: tuple[Tensor, bytes], **said: Any) -> None:
+    """Left as the file has them, packed weights draw the same bytes wherever they lie, in less memory than unpacked."""
+    for policy in ("resident", "stage", "stream", "disk"):
+        pipe = opened(file, quantise="stored", residency=policy, **said)
+        assert equal(made, drawn(pipe)), policy
+    held, whole = (opened(file, quantise=way, **said) for way in ("stored", None))
+    with held.residency.use("denoiser") as small, whole.residency.use("denoiser") as large:
+        (net,), (plain,) = small.values(), large.values()
+        kinds = [module for module in net.modules() if isinstance(module, HeldLinear)]
+        assert len(kinds) > 10 and weight_bytes(net) < 0.5 * weight_bytes(plain)
+        stage = next(part for part in held.checkpoint.family.parts if part.stages == ("denoiser",))
+        on_paper = paper_part(held.checkpoint.sources[stage.name], stage, torch.float32, quantise="stored")
+        assert {name: (t.shape, t.dtype) for name, t in on_paper.state_dict().items()} == {name: (t.shape, t.dtype) for name, t in net.state_dict().items()}
 
 
 @pytest.mark.parametrize("packing", ["Q8_0", "Q4_0"])
@@ -253,6 +272,7 @@ def test_gguf(folders: Folders, expected: Any, tmp_path: Path, packing: str) -> 
     made = drawn(pipe)
     assert equal(made, drawn(opened(plain, config=folders("flux1"), **rest)))
     near(made, expected("flux1"), least=0, most=0.02 if packing == "Q8_0" else 0.2)
+    kept_packed(tmp_path / "net.gguf", made, config=folders("flux1"), **rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -160,7 +160,7 @@ MACHINE: Group = (
     _option(_M, "allow_pickle", bool, "--allow-pickle", "Read .ckpt, .bin and .pt files, too: their tensors alone. Only of makers whom you trust.", default=False),
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
-    _option(_M, "quantise", str | None, "--quantise", "int8: weights of text encoders and denoiser in 8 bits, half the memory of bfloat16.", metavar="NAME"),
+    _option(_M, "quantise", str | None, "--quantise", "int8, fp8, int4: weights of text encoders and denoiser in so many bits; stored: packed as a GGUF or fp8 file has them.", metavar="NAME"),
     _option(_M, "tuned", bool, "--tuned", "Take the approximations that `latentgen tune` found for this model here; the notes say which.", default=False),
     _option(_M, "memory", str | None, "--memory", "Plan for this much memory on the device, as 8GB, or auto for what is free: placement, tiles and batching "
             "follow, and the plan tells memory and time.", metavar="SIZE"),

@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import ModelError
 from latentgen.models.family import Original, Part
+from latentgen.models.gguf_header import BLOCKS
 from latentgen.models.header import TensorInfo, read_header, where
 
 if TYPE_CHECKING:
@@ -60,10 +62,11 @@ class _Named(Mapping[str, "Tensor"]):
 
 
 class LazyTensors(_Named):
-    """Safetensors files (one, or the shards of one part) as a mapping: a look-up gives that tensor, memory-mapped; nothing is read until it is used.
+    """Safetensors files (one, or the shards of one part) or a GGUF file as a mapping: a look-up gives that tensor, memory-mapped; nothing is read until it
+    is used. Matrices in blocks of ggml are `Packed`.
 
     Raises:
-        ModelError: a file cannot be opened, its header is damaged, or a tensor is in two files.
+        ModelError: a file cannot be opened, its header is damaged, a tensor is in two files, or what unpacks its blocks is not installed.
     """
 
     def __init__(self, *paths: str | Path) -> None:
@@ -72,6 +75,8 @@ class LazyTensors(_Named):
         self._opened: list[tuple[Path, os.stat_result]] = []
         for path in paths:
             header = read_header(path)
+            if header.format == "gguf" and any(info.dtype in BLOCKS for info in header.tensors.values()) and not find_spec("gguf"):
+                raise ModelError(f'{where(Path(path))} is packed in blocks, which needs the gguf package: pip install "latentgen[gguf]"')
             with open(path, "rb") as file:
                 self._opened.append((Path(path), os.fstat(file.fileno())))
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # private pages: torch wants a buffer that could be written
@@ -83,6 +88,8 @@ class LazyTensors(_Named):
         import torch
 
         memory, info = self._names[name]
+        if info.dtype in BLOCKS:
+            return _of_blocks(info, torch.frombuffer(memory, dtype=torch.uint8, count=info.end - info.start, offset=info.start))
         dtype = getattr(torch, DTYPES.get(info.dtype, ""), None)
         if dtype is None:
             raise ModelError(f"the tensor {name!r} is of type {info.dtype}, which is not read: get the file in another precision")
@@ -92,16 +99,18 @@ class LazyTensors(_Named):
 
     def release(self, tensor: Tensor) -> None:
         """Tell the system that a tensor of these files was copied: its pages may leave memory (they would be read again). Others are left alone."""
-        found = self._within(tensor) if hasattr(mmap, "MADV_DONTNEED") else None
-        if found is not None:
-            memory, first, last = found
+        from latentgen.models.quantise.packed import pieces
+
+        for memory, first, last in filter(None, map(self._within, pieces(tensor) if hasattr(mmap, "MADV_DONTNEED") else ())):
             start, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
             if end > start:
                 memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in these files, and is no copy."""
-        return self._within(tensor) is not None
+        from latentgen.models.quantise.packed import pieces
+
+        return self._within(pieces(tensor)[0]) is not None
 
     def _within(self, tensor: Tensor) -> tuple[mmap.mmap, int, int] | None:
         """The file's memory in which a tensor lies, and its first byte and the one after its last."""
@@ -127,6 +136,27 @@ class LazyTensors(_Named):
                 continue
             if (now.st_dev, now.st_ino) == (then.st_dev, then.st_ino) and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
                 raise ModelError(f"{where(path)} was changed while its weights were being read: load the model again")
+
+
+def _of_blocks(info: TensorInfo, data: Tensor) -> Tensor:
+    """The bytes of a tensor in blocks of ggml as it is; one whose rows are not whole blocks, or which is no matrix, unpacked in float32."""
+    import torch
+
+    from latentgen.models.quantise.packed import Ggml, Packed
+
+    way, (numbers, size, _) = Ggml(info.dtype), BLOCKS[info.dtype]
+    if len(info.shape) == 2 and info.shape[1] % numbers == 0:
+        return Packed(way, {"codes": data.reshape(len(data) // size * numbers // info.shape[1], -1)}, info.shape)
+    return torch.empty(info.shape, device="meta") if data.is_meta else way.unpack({"codes": data.reshape(-1, size)}, torch.float32).reshape(info.shape)
+
+
+def without_numbers(info: TensorInfo) -> Tensor:
+    """A tensor of a file on the meta device, as `LazyTensors` gives it."""
+    import torch
+
+    if info.dtype in BLOCKS:
+        return _of_blocks(info, torch.empty(info.end - info.start, dtype=torch.uint8, device="meta"))
+    return torch.empty(info.shape, dtype=getattr(torch, DTYPES.get(info.dtype, "float32")), device="meta")
 
 
 def find_prefix(names: Collection[str], original: Original) -> str | None:
@@ -278,8 +308,8 @@ def as_module_names(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> d
 class _Dequantised(_Named):
     """See `dequantised`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._tensors, self._dtype = tensors, dtype
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
         self._scales: dict[str, str] = {}  # name of a weight -> name of its scale
         for name in tensors:
             stem = name.removesuffix("scale_weight") + "weight" if name.endswith(".scale_weight") else name.removesuffix("_scale")
@@ -291,66 +321,31 @@ class _Dequantised(_Named):
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
+        from latentgen.models.quantise.packed import Packed
+        from latentgen.models.quantise.ways import WAYS
+
         if name not in self._names:
             raise KeyError(name)
         tensor = self._tensors[name]
+        small = tensor.is_floating_point() and tensor.element_size() == 1
         if name not in self._scales:
-            return tensor.to(self._dtype) if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+            return tensor if not small else Packed(WAYS["fp8"], {"codes": tensor}, tensor.shape) if tensor.ndim == 2 else tensor.to(torch.float32)
         scale = self._tensors[self._scales[name]].to(torch.float32)
         rows = scale.numel() == scale.shape[0] == tensor.shape[0] if scale.ndim else False
         if tensor.dtype == torch.uint8 or not (scale.numel() == 1 or rows):
             raise ModelError(f"{name!r} is packed as {tensor.dtype} with a scale of shape {tuple(scale.shape)}: expected 8-bit floats with one "
                              "scale, or one for each row; get the file in another precision")
-        scale = scale.reshape(-1, *[1] * (tensor.ndim - 1)) if rows else scale.reshape(())
-        return (tensor.to(torch.float32) * scale).to(self._dtype)  # rounded once
+        scale = scale.reshape(-1, *[1] * (tensor.ndim - 1)).expand(len(tensor), *[1] * (tensor.ndim - 1)).contiguous()
+        return Packed(WAYS["fp8"], {"codes": tensor, "scale": scale}, tensor.shape) if small and tensor.ndim == 2 else tensor.to(torch.float32) * scale
 
 
-def dequantised(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """The same tensors with 8-bit floats as `dtype`, multiplied by their scales (`X.scale_weight` or `X.weight_scale`); scales and marks are gone.
+def dequantised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same tensors, matrices of 8-bit floats `Packed` with their scales (`X.scale_weight` or `X.weight_scale`), and other 8-bit floats unpacked to float32;
+    scales and marks are gone.
 
     Each is computed when it is looked up and not kept. Tensors of 16 bits and more are passed on as they are.
 
     Raises:
         ModelError: on look-up, of a weight that is packed in another way (4 bits, scales of blocks).
     """
-    return _Dequantised(tensors, dtype)
-
-
-class _Gguf(_Named):
-    """See `gguf_tensors`."""
-
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        try:
-            import gguf
-        except ImportError as error:
-            raise ModelError(f'{path.name} is a GGUF file, which needs the gguf package: pip install "latentgen[gguf]"') from error
-        self._path, self._dtype, self._dequantise = path, dtype, gguf.quants.dequantize
-        try:
-            self._reader = gguf.GGUFReader(path, "c")  # private pages: torch takes no read-only memory
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise ModelError(f"{path.name} cannot be read as GGUF ({shorten(str(error), 120)}): get it again") from error
-        self._names = {tensor.name: tensor for tensor in self._reader.tensors}
-
-    def __getitem__(self, name: str) -> Tensor:
-        import torch
-
-        stored = self._names[name]
-        try:
-            values = self._dequantise(stored.data, stored.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            packed = stored.tensor_type.name
-            raise ModelError(f"{name!r} of {self._path.name} is packed as {packed}, not unpacked here: get Q4_0, Q5_0, Q8_0 or Q4_K") from error
-        shape = self._reader.get_field(f"comfy.gguf.orig_shape.{name}")  # for shapes that blocks of 32 or 256 do not divide
-        tensor = torch.from_numpy(values).to(self._dtype)
-        return tensor.reshape([int(size) for size in shape.contents()]) if shape else tensor
-
-
-def gguf_tensors(path: str | Path, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """The tensors of a GGUF file in torch's order of axes, unpacked to `dtype` when they are looked up.
-
-    The header has been checked before (`models.header`): the package's own reader is not made for files that mean harm.
-
-    Raises:
-        ModelError: the gguf package is not installed, the file cannot be read, or (on look-up) a tensor is packed in a way that it does not know.
-    """
-    return _Gguf(Path(path), dtype)
+    return _Dequantised(tensors)

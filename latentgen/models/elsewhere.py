@@ -19,11 +19,11 @@ class Elsewhere(nn.Module):
     Args:
         shell: the module without numbers.
         stored: its tensors as they stand in the file, by the module's own names.
-        ready: a stored tensor -> what the module computes with, checked.
+        ready: (name, stored tensor) -> what the module computes with, by name, checked: of a packed one its parts.
         release: told of each stored tensor after use.
     """
 
-    def __init__(self, shell: nn.Module, stored: Mapping[str, Tensor], *, ready: Callable[[str, Tensor], Tensor],
+    def __init__(self, shell: nn.Module, stored: Mapping[str, Tensor], *, ready: Callable[[str, Tensor], Mapping[str, Tensor]],
                  release: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.shell = (shell,)  # in a tuple, or it would be a child
@@ -32,7 +32,7 @@ class Elsewhere(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's answer, computed where its first argument is."""
         places = dict(self.shell[0].named_parameters()) | dict(self.shell[0].named_buffers())
-        weights = {id(places[name]): self.ready(name, tensor).to(args[0].device) for name, tensor in self.stored.items()}
+        weights = {id(places[own]): t.to(args[0].device) for name, tensor in self.stored.items() for own, t in self.ready(name, tensor).items()}
         answer = filled(self.shell[0], weights)(*args, **kwargs)  # a copy of its own: another thread may ask at the same time
         for tensor in self.stored.values():
             self.release(tensor)

@@ -25,7 +25,12 @@ TYPES = {  # ggml's number -> name, values in a block, bytes of a block
     26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
 }
-LOADABLE = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0", "Q4_K")
+_SCALES = {  # of packings that are unpacked here, where in a block its scales lie, each a float16
+    "Q4_0": (0, 2), "Q4_1": (0, 4), "Q5_0": (0, 2), "Q5_1": (0, 4), "Q8_0": (0, 2), "Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4),
+    "Q6_K": (208, 210), "IQ4_NL": (0, 2), "IQ4_XS": (0, 2),
+}
+BLOCKS = {name: (values, size, _SCALES[name]) for name, values, size in TYPES.values() if name in _SCALES}
+LOADABLE = ("F32", "F16", "BF16", *BLOCKS)
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _SHAPE_KEY = "comfy.gguf.orig_shape."  # where a writer folded a convolution to fit the format, its true shape

@@ -126,13 +126,20 @@ def check_fit(source: Source, part: Part) -> None:
     Raises:
         ModelError: tensors are missing, left over or of another shape: how many, and the first.
     """
-    import torch
-
-    from latentgen.models.convert import dequantised
-
-    shapes = {name: torch.empty(t.shape, device="meta") for h in source.headers() for name, t in h.tensors.items()}
     module = empty_module(source, part, shapes_only=True)
-    _compare(_own_names(dequantised(shapes, torch.float32), source, part, module), module, source.label)
+    _compare(tensors_on_paper(source, part, module), module, source.label)
+
+
+def tensors_on_paper(source: Source, part: Part, module: nn.Module) -> dict[str, Tensor]:
+    """The part's tensors by the module's names, without numbers, as its files have them: from headers alone.
+
+    Raises:
+        ModelError: see `part_tensors`; or a tensor is packed in a way that is not read.
+    """
+    from latentgen.models.convert import dequantised, without_numbers
+
+    stored = {name: without_numbers(t) for header in source.headers() for name, t in header.tensors.items()}
+    return _own_names(dequantised(stored), source, part, module)
 
 
 def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable[[nn.Module], Collection[str]] | None = None,
@@ -145,29 +152,29 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
         later: tells likewise the names of weights that are promised only, where a file that is mapped into memory has them (see `models.promised`).
         lane: by which the weights of blocks come when they are called (see `models.streamed`), from the file, or from page-locked memory where
             `pinned`; None has them all here.
-        quantise: "int8" holds the linears of blocks in 8 bits (see `models.quantise`); not with a lane.
+        quantise: how the weights of linears are held, one of `models.quantise.ways.WAYS` or "stored"; None unpacks all.
 
     Raises:
         ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite (promised ones, when they are made).
     """
     from latentgen.models.convert import dequantised
     from latentgen.models.form import Form, kept_precise
-    from latentgen.models.quantise import hold
+    from latentgen.models.quantise.held import hold
     from latentgen.models.streamed import stream
 
     module = empty_module(source, part)
-    stored = _read(source, dtype)
-    tensors = _own_names(dequantised(stored, dtype), source, part, module)
+    stored = _read(source)
+    tensors = _own_names(dequantised(stored), source, part, module)
     _compare(tensors, module, source.label)
     form = Form(source.label, dtype, kept_precise(module, dtype), part.cls.startswith("diffusers."),
                  frozenset(name for name, t in module.state_dict().items() if t.is_floating_point()))
     release = getattr(stored, "release", None) or (lambda tensor: None)
+    form = replace(form, held=hold(module, quantise, tensors, form.dtype_of))
     _leave(module, () if leave is None else leave(module), tensors, form=form, release=release)
-    small = hold(module) if quantise else frozenset()
     apart = _apart(module, tensors, form, release, pinned=pinned) if lane is not None else []
-    ready = {f"{block.name}.{name}": form.alike(f"{block.name}.{name}", t) for block in apart for name, t in block.tensors.items()}
+    ready = {own: t for block in apart for name, packed in block.tensors.items() for own, t in form.alike(f"{block.name}.{name}", packed).items()}
     ready |= _promised(() if later is None else later(module), tensors, stored, form)
-    ready |= _numbers(tensors, small, release, form)
+    ready |= _numbers(tensors, release, form)
     module.load_state_dict(ready, strict=True, assign=True)
     if isinstance(getattr(module, "_tied_weights_keys", None), Mapping):
         module.tie_weights()  # one parameter again, so that moving it does not make two
@@ -179,22 +186,21 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
     return module.eval().requires_grad_(False)
 
 
-def _numbers(tensors: dict[str, Tensor], small: Collection[str], release: Callable[[Tensor], None], form: Form) -> dict[str, Tensor]:
-    """All tensors that are left, as the part keeps them, those in `small` in 8 bits; each leaves `tensors` as it is made."""
+def _numbers(tensors: dict[str, Tensor], release: Callable[[Tensor], None], form: Form) -> dict[str, Tensor]:
+    """All tensors that are left, as the part keeps them; each leaves `tensors` as it is made."""
     from latentgen.models.cast import NotFinite
-    from latentgen.models.quantise import quantised
 
-    ready, bad = {}, []
+    ready: dict[str, Tensor] = {}
+    bad = []
     for name in list(tensors):
         tensor = tensors.pop(name)
         try:
-            ready[name] = form.kept(name, tensor)
+            made = form.numbers(name, tensor)
         except NotFinite:
             bad.append(name)
             continue
-        if name in small:
-            ready[name], ready[f"{name.removesuffix('weight')}scale"] = quantised(ready[name])
-        if ready[name].data_ptr() != tensor.data_ptr():
+        ready |= made
+        if all(t.data_ptr() != tensor.data_ptr() for t in made.values()):
             release(tensor)  # or what was copied as it stands in the file would be in memory twice
     if bad:
         raise form.refused(bad)
@@ -217,7 +223,7 @@ def _promised(names: Collection[str], tensors: dict[str, Tensor], stored: Mappin
         return made
 
     own = {name: tensors.pop(name) for name in names if name in tensors and stored.holds(tensors[name])}
-    return {name: Promised(form.alike(name, tensor), tensor, ready=ready(name), release=stored.release) for name, tensor in own.items()}
+    return {name: Promised(form.alike(name, tensor)[name], tensor, ready=ready(name), release=stored.release) for name, tensor in own.items()}
 
 
 def _leave(module: nn.Module, names: Collection[str], tensors: dict[str, Tensor], *, form: Form, release: Callable[[Tensor], None]) -> None:
@@ -228,34 +234,24 @@ def _leave(module: nn.Module, names: Collection[str], tensors: dict[str, Tensor]
     for child in names:
         own = {name.removeprefix(f"{child}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{child}.")}
         shell = module.get_submodule(child).eval().requires_grad_(False)
-        module.set_submodule(child, Elsewhere(shell, own, ready=form.checked, release=release))
+        module.set_submodule(child, Elsewhere(shell, own, ready=form.within(child), release=release))
 
 
 def _apart(module: nn.Module, tensors: dict[str, Tensor], form: Form, release: Callable[[Tensor], None], *, pinned: bool) -> list[Stored]:
     """The blocks of a module without numbers, with their tensors taken out of `tensors`."""
     from latentgen.models.streamed import LARGEST, Stored, blocks
 
-    found, checked = [], set()
-
-    def ready(name: str, tensor: Tensor) -> Tensor:
-        if name in checked:
-            return form.kept(name, tensor, check=False)
-        made = form.checked(name, tensor)
-        checked.add(name)
-        return made
-
+    found = []
     for block in blocks(module, largest=LARGEST * 4 // form.dtype.itemsize):  # whose parameters are float32 as they were made
         own = {name.removeprefix(f"{block}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{block}.")}
-        found.append(Stored(block, own, lambda name, tensor, block=block: ready(f"{block}.{name}", tensor), release, pinned))
+        found.append(Stored(block, own, form.within(block), release, pinned))
     return found
 
 
-def _read(source: Source, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    from latentgen.models.convert import LazyTensors, gguf_tensors
+def _read(source: Source) -> Mapping[str, Tensor]:
+    from latentgen.models.convert import LazyTensors
 
     first = source.files[0]
-    if source.headers()[0].format == "gguf":
-        return gguf_tensors(first, dtype)
     return pickle_tensors(first) if is_pickle(first) else LazyTensors(*source.files)
 
 

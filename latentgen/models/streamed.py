@@ -55,14 +55,14 @@ class Stored:
     Attributes:
         name: of the block.
         tensors: its own names -> tensors as stored.
-        ready: (name, stored tensor) -> what the block computes with.
+        ready: (name, stored tensor) -> what the block computes with, by name: most times the one tensor, of a packed one its parts.
         release: told of each stored tensor after use.
         pinned: keep what `ready` made in page-locked memory, from where a GPU reads it while it computes.
     """
 
     name: str
     tensors: Mapping[str, Tensor] = field(repr=False)
-    ready: Callable[[str, Tensor], Tensor] = field(repr=False)
+    ready: Callable[[str, Tensor], Mapping[str, Tensor]] = field(repr=False)
     release: Callable[[Tensor], None] = field(repr=False)
     pinned: bool = False
     _kept: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -72,25 +72,28 @@ class Stored:
         """What the block computes with, in main memory (memory-mapped where nothing of it had to be changed)."""
         if self.pinned and (kept := self._locked()) is not None:
             return kept
-        return {name: self._made(name, tensor) for name, tensor in self.tensors.items()}
+        return self._made()
 
     def _locked(self) -> dict[str, Tensor] | None:
         """The numbers in page-locked memory, made once; None where the system gives no more of it."""
         with self._lock:
             if self._kept is None and self.pinned:
                 try:
-                    self._kept = {name: self._made(name, tensor).pin_memory() for name, tensor in self.tensors.items()}
+                    self._kept = {name: tensor.pin_memory() for name, tensor in self._made().items()}
                 except RuntimeError as error:
                     log.info("no page-locked memory for %s, which is read from its file each time: %s", self.name, str(error).splitlines()[0])
                     self.pinned = False
                 self.done()
             return self._kept
 
-    def _made(self, name: str, tensor: Tensor) -> Tensor:
-        made = self.ready(name, tensor)
-        if made.data_ptr() != tensor.data_ptr():
-            self.release(tensor)  # what was copied need not be there twice
-        return made
+    def _made(self) -> dict[str, Tensor]:
+        numbers: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            made = self.ready(name, tensor)
+            if all(t.data_ptr() != tensor.data_ptr() for t in made.values()):
+                self.release(tensor)  # what was copied need not be there twice
+            numbers |= made
+        return numbers
 
     def done(self) -> None:
         """The numbers are not needed for now."""
@@ -196,7 +199,7 @@ def stream(module: nn.Module, stored: Stored, lane: Lane) -> None:
     """Turn the child that `stored` names into a streamed block, in place; its parameters stay on the meta device."""
     block = module.get_submodule(stored.name)
     block.places = {id(t): name for name, t in (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
-                    if name in stored.tensors}
+                    if t.is_meta}
     block.stored, block.lane = stored, lane
     block.__class__ = streamed_class(type(block))
 

@@ -21,7 +21,7 @@ from latentgen.conditioning.explain import Explanation
 from latentgen.diffusion.sample import Step
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
-from latentgen.models.quantise import WAYS
+from latentgen.models.quantise.ways import CHOICES
 from latentgen.models.context import check_context
 from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.load import empty_module
@@ -72,8 +72,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
-        quantise: "int8" holds the weights of text encoders and denoiser in 8 bits: half the memory of bfloat16, a little slower, another picture of the
-            same kind. For residency "resident" and "stage".
+        quantise: "int8", "fp8" or "int4" holds the weights of text encoders and denoiser in so many bits: less memory, a little slower, another picture
+            of the same kind (docs/approximate.md). "stored" leaves packed what a GGUF or fp8 file has packed: the picture is the same.
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         memory: "8GB", a number of bytes, or "auto" for what is free: every plan is made to fit it, see `Pipeline.plan`.
         parallel: "cfg" or "context" where several processes, each of which loads the model so, make every picture together: they share the
@@ -88,10 +88,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         raise RequestError(f"speed is {speed!r}: expected one of {', '.join(map(repr, SPEEDS))}")
     if residency not in POLICIES:
         raise RequestError(f"residency is {residency!r}: expected one of {', '.join(map(repr, POLICIES))}")
-    if quantise not in (None, *WAYS):
-        raise RequestError(f"quantise is {quantise!r}: expected {' or '.join(map(repr, WAYS))}, or None")
-    if quantise is not None and residency in STREAMING:
-        raise RequestError(f"quantise is given with residency={residency!r}, whose blocks come as their file has them: use 'resident' or 'stage', or leave quantise out")
+    if quantise not in (None, *CHOICES):
+        raise RequestError(f"quantise is {quantise!r}: expected {', '.join(map(repr, CHOICES))}, or None")
     place = choose_device(own_device(device) if parallel is not None else device)
     if speed == GRAPHS:
         check_graphs(place, residency, alone=parallel is None and not compile)

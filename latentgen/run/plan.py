@@ -58,7 +58,7 @@ class Plan:
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
-        quantise: "int8" where weights are held so.
+        quantise: how weights are held where it is not as the networks compute with them: "int8", "fp8", "int4", or "stored" for as the file has them.
         parallel: how several processes make it together, where they do.
         weights: bytes of weights per stage, from the files' headers.
         origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.

@@ -108,7 +108,7 @@ _rehearsals, _decodings, _parts = _Kept(KEPT), _Kept(KEPT), _Kept(KEPT_PARTS)
 def paper_parts(checkpoint: Checkpoint, plan: Plan) -> Mapping[Part, nn.Module]:
     """Every part on paper as a plan holds it, or those made before."""
     def made() -> Mapping[Part, nn.Module]:
-        return {part: paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype), quantise=bool(plan.quantise and QUANTISED & {*part.stages}))
+        return {part: paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype), quantise=plan.quantise if QUANTISED & {*part.stages} else None)
                 for part in checkpoint.family.parts}
 
     return _parts.get(_digest([_configs(checkpoint), plan.dtype, plan.quantise]), made)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("resident", "stage", "stream", "disk")
 STREAMING = ("stream", "disk")
-QUANTISED: frozenset[Stage] = frozenset(("text", "denoiser"))  # stages whose parts are held in 8 bits where that is asked for
+QUANTISED: frozenset[Stage] = frozenset(("text", "denoiser"))  # stages whose parts are held in fewer bits where that is asked for
 STREAMED: tuple[Stage, ...] = ("text", "denoiser")  # stages whose parts are worth streaming
 Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks are streamed
 SPEEDS = ("exact", "plain", GRAPHS)
@@ -98,7 +98,7 @@ class Residency:
                 later = None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype)
                 self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later, lane=Lane(self.device) if streamed else None,
                                             pinned=policy == "stream" and self.device.type == "cuda",
-                                            quantise=self.quantise if not streamed and QUANTISED & {*part.stages} else None)
+                                            quantise=self.quantise if QUANTISED & {*part.stages} else None)
                 if not streamed:  # streamed weights come and go as they lie in their file
                     self._here[key] = prepare(self._here[key], speed=self.speed, device=self.device)
             if not self._users.get(key):
