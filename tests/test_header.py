@@ -259,7 +259,7 @@ def test_any_change_of_a_good_file(tmp_path: Path, data: st.DataObject) -> None:
 
 # GGUF
 
-SIZES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 12: (256, 144), 14: (256, 210), 30: (1, 2)}  # type -> values and bytes of a block
+SIZES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 8: (32, 34), 12: (256, 144), 14: (256, 210), 16: (256, 66), 30: (1, 2)}  # type -> values and bytes of a block
 
 
 def text(value: str) -> bytes:
