@@ -33,7 +33,8 @@ _HOMES = {
     "Replayed": "latentgen.run.replay:Replayed",
     "clip_guidance": "latentgen.models.clip:clip_guidance", "inspect": "latentgen.models.inspect:inspect",
     "Report": "latentgen.models.inspect:Report",
-    **{name: f"latentgen.errors:{name}" for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError", "ParallelError")},
+    **{name: f"latentgen.errors:{name}"
+       for name in ("LatentgenError", "RequestError", "ImageError", "ModelError", "OutputError", "NotFiniteError", "ParallelError")},
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -219,4 +219,5 @@ def of_one_shape(reference: tuple[int, int], picture: tuple[int, int], factor: i
     (width, height), (wide, high) = reference, picture
     if abs(height * wide / width - high) <= factor * (1 + height / width):
         return ""
-    return f"the reference is {width}x{height} but the picture will be {wide}x{high}, of another shape: crop the reference, or leave width and height out"
+    return (f"the reference is {width}x{height} but the picture will be {wide}x{high}, of another shape: "
+            "crop the reference, or leave width and height out")

@@ -115,7 +115,8 @@ def inputs(scene: Scene, side: Side, *, guided: bool) -> Mapping[str, Tensor]:
 
 
 def fits(reference: tuple[int, int], picture: tuple[int, int]) -> str:
-    """What is wrong with a reference (width, height): a side below 64 pixels, or more than 8 times the other, which the network was not trained on."""
+    """What is wrong with a reference (width, height): a side below 64 pixels, or more than 8 times the other, which the network was not trained
+    on."""
     if min(reference) >= LEAST_SIDE and max(reference) <= MOST_ASPECT * min(reference):
         return ""
     return (f"reference is {reference[0]}x{reference[1]}: expected sides of {LEAST_SIDE} pixels or more, one at most {MOST_ASPECT} times the other, "

@@ -154,7 +154,9 @@ def test_a_file_opens_by_saying_what_it_knows_and_stays_short(name):
     tree = TREES[name]
     path = next(path for path in FILES if place(path) == name)
     assert path.stem not in ("utils", "util", "helpers", "misc", "common"), f"{name}: no such drawer"
-    assert len(path.read_text("utf-8").splitlines()) <= 400, f"{name} is past 400 lines"
+    lines = path.read_text("utf-8").splitlines()
+    assert len(lines) <= 400, f"{name} is past 400 lines"
+    assert not (long := [n for n, line in enumerate(lines, 1) if len(line) > 150]), f"{name}: lines {long} have more than 150 letters"
     assert ast.get_docstring(tree) or not tree.body, f"{name} has code and no word about it"
 
 

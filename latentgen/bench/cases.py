@@ -1,8 +1,8 @@
 """The cases of the speed table: what is run, by whom, and what of it is reported. Knows architectures, sides and rounds; prints nothing.
 
-Every side does the same request: same files, steps, guidance and size, new words and a new seed in each round, sides in turns and their order reversed
-each round. Weights are random, in the published sizes unless a case says less. A side that runs fewer steps than are reported has its own steps
-continued at their median time, and the report says so.
+Every side does the same request: same files, steps, guidance and size, new words and a new seed in each round, sides in turns and their order
+reversed each round. Weights are random, in the published sizes unless a case says less. A side that runs fewer steps than are reported has its own
+steps continued at their median time, and the report says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ FULL = 20  # steps that are reported
 SHORT_CLIP = {"num_hidden_layers": 2}
 SD15 = Architecture("sd15", "sd15")
 SDXL = Architecture("sdxl", "sdxl", {"unet": {"transformer_layers_per_block": [1, 1, 2]}, "text_encoder": SHORT_CLIP, "text_encoder_2": SHORT_CLIP})
-SD3 = Architecture("sd3-medium", "sd3", {"transformer": {"num_layers": 4}, "text_encoder": SHORT_CLIP, "text_encoder_2": SHORT_CLIP, "text_encoder_3": None})
+SD3 = Architecture("sd3-medium", "sd3",
+                   {"transformer": {"num_layers": 4}, "text_encoder": SHORT_CLIP, "text_encoder_2": SHORT_CLIP, "text_encoder_3": None})
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def in_turns(calls: Mapping[str, Call], *, steps: int, rounds: int) -> dict[str,
 def summed_up(taken: Mapping[str, list[Took]], *, full: int = FULL) -> dict[str, Any]:
     """Medians by side, and how many times longer each side takes than this engine, from words to pixels, for `full` steps."""
     seconds = {side: {"call": round(median(t.at(full) for t in took), 3), "step": round(median(t.step for t in took), 3),
-                      "rest": round(median(t.at(0) for t in took), 3), "processor": round(median(t.work for t in took), 3)} for side, took in taken.items()}
+                      "rest": round(median(t.at(0) for t in took), 3), "processor": round(median(t.work for t in took), 3)}
+               for side, took in taken.items()}
     own = seconds[OURS]
     return {"seconds": seconds, "ratios": {side: round(said["call"] / own["call"], 2) for side, said in seconds.items() if side != OURS},
             "processor_ratios": {side: round(said["processor"] / own["processor"], 2) for side, said in seconds.items() if side != OURS}}
@@ -76,26 +78,31 @@ def _pipelines(architecture: Architecture, *, side: int, scale: float, stock: bo
 
 
 def _limit(folder: Path, *, side: int, scale: float, took: float) -> dict[str, float]:
-    """The fastest bf16 matrix product of this machine, the request's arithmetic, what that takes at that speed, and how far this engine is from it."""
+    """The fastest bf16 matrix product of this machine, the request's arithmetic, what that takes at that speed, and how far this engine is from
+    it."""
     from latentgen.run.pipeline import load
 
     pipe = load(folder, device="cpu", progress=False)
     count = limit.flops(pipe, pipe.plan("a red heart", negative_prompt="blurry", steps=FULL, guidance_scale=scale, width=side, height=side, seed=0))
     speed = limit.matrix_speed()
-    return {"tflop": round(count / 1e12, 2), "gflops_a_second": round(speed / 1e9), "seconds": round(count / speed, 2), "times_the_limit": round(took * speed / count, 2)}
+    return {"tflop": round(count / 1e12, 2), "gflops_a_second": round(speed / 1e9), "seconds": round(count / speed, 2),
+            "times_the_limit": round(took * speed / count, 2)}
 
 
 def _glyph(work: Path, steps: int, rounds: int, threads: int) -> dict[str, Any]:
     found = run.bench("glyph", width=256, height=256, steps=FULL, rounds=max(rounds, 3), against="diffusers", threads=threads, cold=False)
     return {"seconds": {side: {"call": said["median"]} for side, said in found["seconds"].items()},
             "ratios": {side: round(value, 2) for side, value in found["ratios"].items()},
-            "asked": {"side": 256, "guidance_scale": found["asked"]["guidance_scale"], "steps_run": FULL, "steps_reported": FULL, "rounds": max(rounds, 3)}}
+            "asked": {"side": 256, "guidance_scale": found["asked"]["guidance_scale"], "steps_run": FULL, "steps_reported": FULL,
+                      "rounds": max(rounds, 3)}}
 
 
 def _loading(work: Path, steps: int, rounds: int, threads: int) -> dict[str, Any]:
     found = loading(write(SD15, work / SD15.variant), side=512, rounds=rounds, threads=threads)
     first, other = found["latentgen"], found["diffusers"]
-    return {"loading": found, "ratios": {name: round(other[name] / first[name], 2) for name in ("seconds", "loaded_mb", "running_mb") if name in first and name in other},
+    return {"loading": found,
+            "ratios": {name: round(other[name] / first[name], 2)
+                       for name in ("seconds", "loaded_mb", "running_mb") if name in first and name in other},
             "asked": {"side": 512, "steps_run": 1, "rounds": rounds}}
 
 

@@ -1,4 +1,5 @@
-"""What this machine could do at best: the time that its fastest bf16 matrix products would take for the arithmetic of a request. Knows the clock and plans."""
+"""What this machine could do at best: the time that its fastest bf16 matrix products would take for the arithmetic of a request. Knows the clock and
+plans."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ pipe.txt2img("a red heart", steps=1, seed=0, width=side, height=side)
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 began, before = time.perf_counter(), held("VmRSS")
-pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, local_files_only=True, safety_checker=None, requires_safety_checker=False)
+pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, local_files_only=True, safety_checker=None,
+                                               requires_safety_checker=False)
 for part in (pipe.unet, pipe.vae): part.to(memory_format=torch.channels_last)
 loaded, peak = time.perf_counter() - began, held("VmHWM")
 pipe.set_progress_bar_config(disable=True)
@@ -52,7 +53,8 @@ def loading(folder: Path, *, side: int, rounds: int, threads: int) -> dict[str, 
     found: dict[str, list[Mapping[str, float]]] = {side_: [] for side_ in CODE}
     for n in range(rounds):
         for name in list(CODE)[:: -1 if n % 2 else 1]:
-            done = subprocess.run([sys.executable, "-c", START + CODE[name] + END, str(folder), str(side), str(threads)], capture_output=True, text=True,
+            done = subprocess.run([sys.executable, "-c", START + CODE[name] + END, str(folder), str(side), str(threads)], capture_output=True,
+                                  text=True,
                                   env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False)
             if done.returncode == 0:
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -63,4 +65,5 @@ def _medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
     if not runs:
         return {"failed": 1.0}
     seconds = round(median(run["seconds"] for run in runs), 3)
-    return {"seconds": seconds} | {f"{name}_mb": round(median((run[name] or 0) - (run["before"] or 0) for run in runs) / 1e6) for name in ("loaded", "running")}
+    return {"seconds": seconds} | {f"{name}_mb": round(median((run[name] or 0) - (run["before"] or 0) for run in runs) / 1e6)
+                                   for name in ("loaded", "running")}

@@ -61,15 +61,16 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     about += f" ({asked['steps_run']} run)" if asked["steps_run"] < asked.get("steps_reported", 0) else ""
     for side, said in case.get("seconds", {}).items():
         step, ratio = said.get("step"), case["ratios"].get(side)
-        yield about if side == OURS else "", side, "" if step is None else f"{step:.2f} s", f"{said['call']:.2f} s", "" if ratio is None else f"{ratio:.2f} times as long"
+        yield (about if side == OURS else "", side, "" if step is None else f"{step:.2f} s", f"{said['call']:.2f} s",
+               "" if ratio is None else f"{ratio:.2f} times as long")
     for side, said in case.get("loading", {}).items():
         ratios = "" if side == OURS else f"{case['ratios'].get('seconds', 0):.2f} times as long"
         memory = f"{said.get('loaded_mb', 0)} MB loaded, {said.get('running_mb', 0)} MB at most"
         yield about if side == OURS else "", side, "", f"{said.get('seconds', 0):.2f} s; {memory}", ratios
     if "limit" in case:
         said = case["limit"]
-        yield "", f"{said['tflop']:g} TFLOP at {said['gflops_a_second']} GFLOP/s, this machine's fastest bf16 product", "", f"{said['seconds']:.2f} s", \
-            f"this engine takes {said['times_the_limit']:.2f} times that"
+        yield ("", f"{said['tflop']:g} TFLOP at {said['gflops_a_second']} GFLOP/s, this machine's fastest bf16 product", "",
+               f"{said['seconds']:.2f} s", f"this engine takes {said['times_the_limit']:.2f} times that")
 
 
 def _plot(whole: Mapping[str, Any], path: Path) -> bool:

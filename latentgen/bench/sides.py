@@ -1,4 +1,5 @@
-"""Who is measured: this engine, and diffusers' pipelines on the same files, as they come and tuned by hand. Knows the clock between steps; prints nothing."""
+"""Who is measured: this engine, and diffusers' pipelines on the same files, as they come and tuned by hand. Knows the clock between steps; prints
+nothing."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def ours(folder: Path, *, side: int, scale: float) -> Call:
     pipe = load(folder, device="cpu", progress=False)
 
     def call(prompt: str, seed: int, steps: int) -> Took:
-        return timed(lambda mark: pipe.txt2img(prompt, negative_prompt=NEGATIVE, seed=seed, steps=steps, guidance_scale=scale, width=side, height=side,
+        return timed(lambda mark: pipe.txt2img(prompt, negative_prompt=NEGATIVE, seed=seed, steps=steps, guidance_scale=scale, width=side,
+                                               height=side,
                                                on_step=lambda step: mark()).image, steps)
 
     return call

@@ -1,4 +1,5 @@
-"""Checkpoints of published architectures with random weights, as diffusers folders, to measure speed without a download. Knows configs; knows no clock.
+"""Checkpoints of published architectures with random weights, as diffusers folders, to measure speed without a download. Knows configs; knows no
+clock.
 
 Weights are float16, scaled so that activations stay near one through the depth of a network: kernels that are faster on zeros, or slow on numbers
 too small to be normal, would tell nothing.

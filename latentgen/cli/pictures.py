@@ -1,4 +1,5 @@
-"""txt2img, img2img, inpaint, outpaint, edit, plan and explain: what was typed -> Request -> files. Knows file names and what is printed; the work is in run/."""
+"""txt2img, img2img, inpaint, outpaint, edit, plan and explain: what was typed -> Request -> files. Knows file names and what is printed; the work is
+in run/."""
 
 from __future__ import annotations
 
@@ -16,7 +17,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentgen.cli.meter import Meter
-from latentgen.cli.options import DIALECT, JSON, KEEP, MACHINE, OTHERS, OUTPUT, PARALLEL, SAMPLING, SEED, SIDES, SIZE, SOURCE, STEPS, STRENGTH, TOLD, WORDS, opened, takes
+from latentgen.cli.options import (
+    DIALECT,
+    JSON,
+    KEEP,
+    MACHINE,
+    OTHERS,
+    OUTPUT,
+    PARALLEL,
+    SAMPLING,
+    SEED,
+    SIDES,
+    SIZE,
+    SOURCE,
+    STEPS,
+    STRENGTH,
+    TOLD,
+    WORDS,
+    opened,
+    takes,
+)
 from latentgen.cli.together import speaks
 from latentgen.errors import OutputError, RequestError
 
@@ -38,7 +58,8 @@ EXAMPLES = {
 }
 Prompt = Annotated[str, typer.Argument(help="What to draw; any length, nothing is cut.", metavar="PROMPT", show_default=False)]
 Image = Annotated[Path, typer.Argument(help="The picture to start from.", metavar="IMAGE", show_default=False)]
-References = Annotated[list[Path], typer.Argument(help="The picture, or several where the model looks at several.", metavar="REFERENCE...", show_default=False)]
+References = Annotated[list[Path],
+                       typer.Argument(help="The picture, or several where the model looks at several.", metavar="REFERENCE...", show_default=False)]
 Mask = Annotated[Path, typer.Option("--mask", help="A picture as large as IMAGE, white where it is to be repainted.", rich_help_panel="The edit",
                                     metavar="FILE")]
 
@@ -118,7 +139,8 @@ def _make(task: str, *, quality: int | None, save_state: Path | None, save_every
     make(begin, loading=model, quality=quality, state=save_state, **shown)
 
 
-def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality: int, show: bool, quiet: bool, as_json: bool, state: Path | None) -> None:
+def make(begin: Callable[[], Run], *, loading: str, output: Path | None, quality: int, show: bool, quiet: bool, as_json: bool,
+         state: Path | None) -> None:
     """A run from its loading to its files, watched. state: the file that keeps it, which is named where it is stopped."""
     if show and as_json:
         raise RequestError("--show draws on stdout, where --json writes: use one of the two")
@@ -163,7 +185,8 @@ def given(said: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in said.items() if value is not None and value != []}
     given |= {name: _seeds(name, given[name]) for name in ("seed", "variation_seed") if name in given}
     if "sampler_options" in given:
-        given["sampler_options"] = dict(_valued(text, f"--sampler-option is {text!r}: expected NAME=VALUE, as s_churn=10") for text in given["sampler_options"])
+        given["sampler_options"] = dict(_valued(text, f"--sampler-option is {text!r}: expected NAME=VALUE, as s_churn=10")
+                                        for text in given["sampler_options"])
     if "guiders" in given:
         given["guiders"] = [_guider(text) for text in given["guiders"]]
     if "approximate" in given:
@@ -189,7 +212,8 @@ def _seeds(name: str, said: list[str]) -> int | list[int]:
 def _guider(text: str) -> dict[str, dict[str, Any]]:
     """"apg:eta=0.2" as Python has it; several layers are joined by "+"."""
     name, _, said = text.partition(":")
-    options = dict(_valued(one, f"--guider is {text!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, as apg:eta=0.2") for one in said.split(",") if said)
+    options = dict(_valued(one, f"--guider is {text!r}: expected NAME or NAME:OPTION=VALUE,OPTION=VALUE, as apg:eta=0.2")
+                   for one in said.split(",") if said)
     if "layers" in options:
         options["layers"] = [_number(layer) for layer in str(options["layers"]).split("+")]
     return {name: options}

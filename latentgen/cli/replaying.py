@@ -57,7 +57,8 @@ def replay(file: File, image: Source = None, mask: Mask = None, reference: Refer
            as_json: AsJson = False, quiet: Quiet = False, **said: Any) -> None:
     """Make a picture again from the recipe in its file, and say "identical" or what differs.
 
-    Where they are left out, the model (by its card's name), device, number type and speed are those of the recipe. The new picture is kept only with -o.
+    Where they are left out, the model (by its card's name), device, number type and speed are those of the recipe. The new picture is kept only with
+    -o.
     Exit code 0: identical. 1: different. 2: it has no recipe, or something is wrong with it.
     """
     from latentgen.run.recipe import Foreign, as_recipe

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 EXAMPLES = {
     "models": "Examples:  latentgen models   and   latentgen models glyph",
     "eval": "Example:  latentgen eval glyph --data glyph-data --out report --pictures 200",
-    "bench": "Examples:  latentgen bench --steps 20 --rounds 5 --threads 2   and   latentgen bench --case all --steps 3 --rounds 3 --output speed.json",
+    "bench": "Examples:  latentgen bench --steps 20 --rounds 5 --threads 2   and   latentgen bench --case all --steps 3 --rounds 3 --output "
+             "speed.json",
     "convergence": "Example:  latentgen convergence -o convergence.png",
 }
 ABOUT_MODEL = "A model's name, a folder, a .safetensors file or a hub name."
@@ -63,11 +64,13 @@ def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, 
           rounds: Annotated[int, typer.Option(help="How often each side is timed, in turns, 1 or more.", min=1)] = 5,
           against: Annotated[str, typer.Option(help="diffusers (its own pipeline on the same files), or none.", metavar="NAME")] = "diffusers",
           cold: Annotated[bool, typer.Option(help="Whether the start of new processes is timed, too.")] = True,
-          case: Annotated[list[str] | None, typer.Option(help="A case of the speed table instead: sd15, glyph, sdxl, sd3, load, or all; may be said several "
+          case: Annotated[list[str] | None, typer.Option(help="A case of the speed table instead: sd15, glyph, sdxl, sd3, load, or all; "
+                                                              "may be said several "
                                                          "times. Makes checkpoints with random weights; minutes for each.", metavar="NAME")] = None,
           work: Annotated[Path, typer.Option(help="Of cases: a folder for their checkpoints, up to 8 GB, used again.", metavar="DIR",
                                              file_okay=False)] = Path("bench-checkpoints"),
-          output: Annotated[Path | None, typer.Option("--output", "-o", help="Of cases: a .json for the numbers; a plot goes beside it.", metavar="FILE")] = None,
+          output: Annotated[Path | None,
+                            typer.Option("--output", "-o", help="Of cases: a .json for the numbers; a plot goes beside it.", metavar="FILE")] = None,
           threads: Threads = None, as_json: AsJson = False) -> None:
     """Time this engine against another on the same model, and print the ratios: above 1 means that this one is faster."""
     if case:

@@ -28,7 +28,8 @@ Loop = Annotated[bool, typer.Option("--loop", help="Go on from the last prompt t
 Fps = Annotated[float, typer.Option("--fps", help="Frames a second, 0.1 to 100.")]
 Folder = Annotated[Path | None, typer.Option("--folder", help="Keep every frame there; a film that was broken off goes on.", metavar="FOLDER")]
 FilmFile = Annotated[Path,
-                     typer.Option("--output", "-o", help="The file: .gif, .webp, .png (animated) or .mp4 (needs latentgen\\[video]).", metavar="FILE")]
+                     typer.Option("--output", "-o", help="The file: .gif, .webp, .png (animated) or .mp4 (needs latentgen\\[video]).",
+                                  metavar="FILE")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print only the file's name.")]
 
 

@@ -44,7 +44,8 @@ class Table(dict[str, Row]):
         if meant is not None and meant not in self:
             raise RequestError(f"unknown {self.kind} {name!r}: that is an option of its own here, {meant}.")
         near = [meant] if meant else difflib.get_close_matches(str(name).lower(), self, n=1, cutoff=0.5)
-        raise RequestError(f"unknown {self.kind} {name!r:.60}: {f'did you mean {near[0]!r}? ' if near else ''}the {self.kind}s are {', '.join(self)}.")
+        raise RequestError(f"unknown {self.kind} {name!r:.60}: {f'did you mean {near[0]!r}? ' if near else ''}the {self.kind}s are "
+                           f"{', '.join(self)}.")
 
     def check(self, said: Chosen) -> None:
         """RequestError for an unknown name, an option that it does not have or a value that the option does not take."""

@@ -1,5 +1,5 @@
-"""A network whose tokens several processes share (context parallelism), as diffusers' plan for its class parts them: a view, so that the network itself
-stays whole. Knows modules and a group of torch.distributed; knows no family or request."""
+"""A network whose tokens several processes share (context parallelism), as diffusers' plan for its class parts them: a view, so that the network
+itself stays whole. Knows modules and a group of torch.distributed; knows no family or request."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def check_context(net: nn.Module, processes: int) -> None:
     if getattr(net, "_cp_plan", None) is None:
         raise RequestError(f"parallel is 'context' but nothing tells how to part the tokens of a {type(net).__name__}: use 'cfg'")
     if heads % processes:
-        raise RequestError(f"parallel is 'context' but the {heads} heads of this model cannot be dealt to {processes} processes: use another number, or 'cfg'")
+        raise RequestError(f"parallel is 'context' but the {heads} heads of this model cannot be dealt to {processes} processes: use another number, "
+                           "or 'cfg'")
 
 
 def context(rank: int, processes: int, device: torch.device) -> Any:
-    """What the views of a run share: every process has some tokens, and in attention some heads of all tokens (Jacobs et al. 2023, DeepSpeed-Ulysses).
+    """What the views of a run share: every process has some tokens, and in attention some heads of all tokens (Jacobs et al. 2023,
+    DeepSpeed-Ulysses).
     """
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
     from torch.distributed.device_mesh import init_device_mesh

@@ -62,8 +62,8 @@ class _Named(Mapping[str, "Tensor"]):
 
 
 class LazyTensors(_Named):
-    """Safetensors files (one, or the shards of one part) or a GGUF file as a mapping: a look-up gives that tensor, memory-mapped; nothing is read until it
-    is used. Matrices in blocks of ggml are `Packed`.
+    """Safetensors files (one, or the shards of one part) or a GGUF file as a mapping: a look-up gives that tensor, memory-mapped; nothing is read
+    until it is used. Matrices in blocks of ggml are `Packed`.
 
     Raises:
         ModelError: a file cannot be opened, its header is damaged, a tensor is in two files, or what unpacks its blocks is not installed.
@@ -147,7 +147,8 @@ def _of_blocks(info: TensorInfo, data: Tensor) -> Tensor:
     way, (numbers, size, _) = Ggml(info.dtype), BLOCKS[info.dtype]
     if len(info.shape) == 2 and info.shape[1] % numbers == 0:
         return Packed(way, {"codes": data.reshape(len(data) // size * numbers // info.shape[1], -1)}, info.shape)
-    return torch.empty(info.shape, device="meta") if data.is_meta else way.unpack({"codes": data.reshape(-1, size)}, torch.float32).reshape(info.shape)
+    return torch.empty(info.shape, device="meta") if data.is_meta else way.unpack({"codes": data.reshape(-1, size)},
+                                                                                  torch.float32).reshape(info.shape)
 
 
 def without_numbers(info: TensorInfo) -> Tensor:
@@ -336,12 +337,13 @@ class _Dequantised(_Named):
             raise ModelError(f"{name!r} is packed as {tensor.dtype} with a scale of shape {tuple(scale.shape)}: expected 8-bit floats with one "
                              "scale, or one for each row; get the file in another precision")
         scale = scale.reshape(-1, *[1] * (tensor.ndim - 1)).expand(len(tensor), *[1] * (tensor.ndim - 1)).contiguous()
-        return Packed(WAYS["fp8"], {"codes": tensor, "scale": scale}, tensor.shape) if small and tensor.ndim == 2 else tensor.to(torch.float32) * scale
+        return Packed(WAYS["fp8"], {"codes": tensor, "scale": scale},
+                      tensor.shape) if small and tensor.ndim == 2 else tensor.to(torch.float32) * scale
 
 
 def dequantised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same tensors, matrices of 8-bit floats `Packed` with their scales (`X.scale_weight` or `X.weight_scale`), and other 8-bit floats unpacked to float32;
-    scales and marks are gone.
+    """The same tensors, matrices of 8-bit floats `Packed` with their scales (`X.scale_weight` or `X.weight_scale`), and other 8-bit floats unpacked
+    to float32; scales and marks are gone.
 
     Each is computed when it is looked up and not kept. Tensors of 16 bits and more are passed on as they are.
 

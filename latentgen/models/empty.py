@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 MADE_BLANK = {torch.empty, torch.rand, torch.randn}  # what parameters are made by, and nothing that a module computes with
-FILLS = {"zero_", "fill_"} | {name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")}  # and of tensors and of transformers likewise
+# and of tensors and of transformers likewise
+FILLS = {"zero_", "fill_"} | {name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")}
 
 
 class Empty(TorchFunctionMode):
     """While it is entered, parameters are made on the meta device and not filled; what a module computes (rope tables, position ids) is real.
 
-    Of this thread alone, and without a number drawn. Filling a tensor that has no numbers changes nothing, and yet takes most of the time that it takes
-    to make a network.
+    Of this thread alone, and without a number drawn. Filling a tensor that has no numbers changes nothing, and yet takes most of the time that it
+    takes to make a network.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

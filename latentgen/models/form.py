@@ -42,7 +42,8 @@ class Form:
     def kept(self, name: str, tensor: Tensor, *, check: bool = True) -> Tensor:
         """A tensor as the part keeps it. Raises ModelError for whole numbers in the place of others, NotFinite."""
         if name in self.floating and not tensor.is_floating_point():
-            raise ModelError(f"the tensor {name!r} of {self.label} is stored as {tensor.dtype}: expected floating-point numbers, so get the file in another precision")
+            raise ModelError(f"the tensor {name!r} of {self.label} is stored as {tensor.dtype}: expected floating-point numbers, "
+                             "so get the file in another precision")
         return as_kept(tensor, self.dtype_of(name), images=self.images, check=check)
 
     def numbers(self, name: str, tensor: Tensor, *, check: bool = True) -> dict[str, Tensor]:
@@ -75,7 +76,8 @@ class Form:
 
     def alike(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The same without its numbers."""
-        return self.numbers(name, tensor.without_numbers() if isinstance(tensor, Packed) else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+        return self.numbers(name,
+                            tensor.without_numbers() if isinstance(tensor, Packed) else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     def refused(self, names: list[str]) -> ModelError:
         """That these are not finite."""
@@ -84,7 +86,8 @@ class Form:
 
 
 def as_kept(tensor: Tensor, dtype: torch.dtype, *, images: bool, check: bool = True) -> Tensor:
-    """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped, unless it is misaligned).
+    """A tensor as the module keeps it: in its dtype, convolution weights in channels-last; itself where nothing changes (it stays memory-mapped,
+    unless it is misaligned).
 
     Raises:
         NotFinite: it has NaN or infinity; where `check` is False, that is not looked for.

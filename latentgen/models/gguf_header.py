@@ -26,7 +26,8 @@ TYPES = {  # ggml's number -> name, values in a block, bytes of a block
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
 }
 _SCALES = {  # of packings that are unpacked here, where in a block its scales lie, each a float16
-    "Q4_0": (0, 2), "Q4_1": (0, 4), "Q5_0": (0, 2), "Q5_1": (0, 4), "Q8_0": (0, 2), "Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4),
+    "Q4_0": (0, 2), "Q4_1": (0, 4), "Q5_0": (0, 2), "Q5_1": (0, 4), "Q8_0": (0, 2), "Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4),
+           "Q5_K": (0, 4),
     "Q6_K": (208, 210), "IQ4_NL": (0, 2), "IQ4_XS": (0, 2),
 }
 BLOCKS = {name: (values, size, _SCALES[name]) for name, values, size in TYPES.values() if name in _SCALES}

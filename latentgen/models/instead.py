@@ -40,6 +40,7 @@ def with_those(family: Family, sources: Mapping[str, Source]) -> tuple[Family, t
             raise ModelError(f"{sources[part.name].label} has latents of {channels!r:.40} channels and this model's have {latent.channels}: "
                              "give the small autoencoder that was made for it")
         scale, shift = (float(config.get(name) or usual) for name, usual in (("scaling_factor", 1.0), ("shift_factor", 0.0)))
-        family = replace(family, parts=tuple(other if p.name == part.name else p for p in family.parts), latent=replace(latent, scale=scale, shift=shift))
+        family = replace(family, parts=tuple(other if p.name == part.name else p for p in family.parts),
+                         latent=replace(latent, scale=scale, shift=shift))
         notes.append(f"pictures go through {sources[part.name].label}, a small autoencoder, not through the model's own: faster, and less exact")
     return family, tuple(notes)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("diffusers", "transformers")
-OURS = ("attn_implementation", "experts_implementation", "return_dict", "output_attentions", "output_hidden_states")  # how a network runs is not its config's to say
+# how a network runs is not its config's to say
+OURS = ("attn_implementation", "experts_implementation", "return_dict", "output_attentions", "output_hidden_states")
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # which no dtype of a network changes
 GENERAL = "Transformer2DModel"  # what configs call a class that got a name of its own only after they were published
 
@@ -116,7 +117,8 @@ def part_class(declared: str) -> type:
     library, _, name = declared.partition(".")
     found = getattr(import_module(library), name, None) if library in LIBRARIES else None
     if not isinstance(found, type):
-        raise ModelError(f"{declared!r} is not a class that parts may have: expected one of {' or '.join(LIBRARIES)}, so install a version that has it")
+        raise ModelError(f"{declared!r} is not a class that parts may have: expected one of {' or '.join(LIBRARIES)}, "
+                         "so install a version that has it")
     return found
 
 
@@ -155,7 +157,8 @@ def load_part(source: Source, part: Part, dtype: torch.dtype, *, leave: Callable
         quantise: how the weights of linears are held, one of `models.quantise.ways.WAYS` or "stored"; None unpacks all.
 
     Raises:
-        ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite (promised ones, when they are made).
+        ModelError: a file is missing, damaged, a pickle, or does not fit the class; or weights are NaN or infinite (promised ones, when they are
+            made).
     """
     from latentgen.models.convert import dequantised
     from latentgen.models.form import Form, kept_precise

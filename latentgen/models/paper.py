@@ -28,7 +28,8 @@ def paper_part(source: Source, part: Part, dtype: torch.dtype, *, quantise: str 
     """
     module = empty_module(source, part)
     form = Form(source.label, dtype, kept_precise(module, dtype), images=part.cls.startswith("diffusers."))
-    state = {name: form.kept(name, torch.empty(t.shape, dtype=t.dtype, device="meta")) if t.is_floating_point() else t for name, t in module.state_dict().items()}
+    state = {name: form.kept(name, torch.empty(t.shape, dtype=t.dtype, device="meta")) if t.is_floating_point() else t
+             for name, t in module.state_dict().items()}
     module.load_state_dict(state, strict=True, assign=True)
     if quantise is not None:
         hold(module, quantise, tensors_on_paper(source, part, module), form.dtype_of)

@@ -104,8 +104,8 @@ class Stored:
 class Side:
     """A second stream of a GPU, on which weights come while the first one computes.
 
-    Its memory is filled by itself alone, and only after all that was asked of the first stream until then: so what a block held may be given up as soon as
-    the block was asked to run, long before it has, and two blocks are there at most, however far the host is ahead of the device.
+    Its memory is filled by itself alone, and only after all that was asked of the first stream until then: so what a block held may be given up as
+    soon as the block was asked to run, long before it has, and two blocks are there at most, however far the host is ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -124,8 +124,8 @@ class Side:
 
 
 class Lane:
-    """The way of one run's blocks to a device, one after the other; on a GPU the next one comes while this one computes, from page-locked memory (what lies in
-    a file the host has to read itself). Which block follows which is learnt in the first evaluation of the network.
+    """The way of one run's blocks to a device, one after the other; on a GPU the next one comes while this one computes, from page-locked memory
+    (what lies in a file the host has to read itself). Which block follows which is learnt in the first evaluation of the network.
 
     Args:
         side: of a GPU, its second stream; None makes one.

@@ -13,7 +13,8 @@ from torch import nn
 
 
 def view(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
-    """A copy of the tree of modules that shares every parameter, buffer and untouched attribute with it: no weight is copied, nothing of the original changes.
+    """A copy of the tree of modules that shares every parameter, buffer and untouched attribute with it: no weight is copied, nothing of the original
+    changes.
 
     Where the original is moved or released, so is the view: make one for each run, inside the block that holds the original.
 

@@ -130,7 +130,8 @@ def _plain(cls: type) -> type:
 
 @lru_cache
 def _changed(cls: type, change: type) -> type:
-    """A module's class with another `forward`. A class, not an attribute: what copies the module, such as a block that is filled for a call, keeps it."""
+    """A module's class with another `forward`. A class, not an attribute: what copies the module, such as a block that is filled for a call, keeps
+    it."""
     made = type(f"{change.__name__}{_plain(cls).__name__}", (change, _plain(cls)), {})
     return streamed_class(made) if issubclass(cls, Streamed) and change is Itself else made  # what does nothing needs no weights
 
@@ -143,7 +144,8 @@ class Itself(nn.Module):
         with _Identity() as mode:
             out = super().forward(*args, **kwargs)
         if not mode.met:
-            raise ModelError(f"{type(self).__mro__[2].__name__} did not compute self-attention by torch's scaled_dot_product_attention, so pag cannot "
+            raise ModelError(f"{type(self).__mro__[2].__name__} did not compute self-attention by torch's scaled_dot_product_attention, "
+                             "so pag cannot "
                              "weaken it: leave pag out")
         return out
 

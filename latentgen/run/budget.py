@@ -32,7 +32,8 @@ def memory_bytes(said: str | int, device: torch.device) -> int:
     if said == "auto":
         return free_bytes(device)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", said.lower()) if isinstance(said, str) else None
-    number = said if isinstance(said, int) and not isinstance(said, bool) else None if found is None else int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    whole = isinstance(said, int) and not isinstance(said, bool)
+    number = said if whole else None if found is None else int(float(found[1]) * UNITS[(found[2] or "").upper()])
     if number is None or number <= 0:
         raise RequestError(f"memory is {said!r:.60}: expected a size as '8GB' or '7.5GiB', a number of bytes, or 'auto' for what is free")
     if number < LEAST and (found is None or not found[2]):
@@ -97,7 +98,8 @@ def fitted(wish: Plan, foresee: Callable[[Plan], Forecast], budget: int) -> Plan
                 return _told(wish, step, need, budget, foresee)
     least, policy, need = min(tried, key=lambda each: each[0])
     stage = max(need.stages, key=lambda name: need.stages[name].peak)
-    raise RequestError(f"memory is {budget / GB:.3g} GB but this needs at least {least * MARGIN / GB:.3g} GB, for {NAMES[stage]} at {wish.width}x{wish.height} with "
+    raise RequestError(f"memory is {budget / GB:.3g} GB but this needs at least {least * MARGIN / GB:.3g} GB, "
+                       f"for {NAMES[stage]} at {wish.width}x{wish.height} with "
                        f"residency {policy!r}: {_cure(stage, need)}")
 
 

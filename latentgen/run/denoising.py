@@ -54,7 +54,8 @@ def evaluated(rows: int, *, apart: bool = False) -> Evaluate:
     """(x, level, sides, together, first) -> x0 of each side, (B, c, h, w); a side is a network and what it hears.
 
     Args:
-        rows: pictures per network call.  apart: one side a call, whatever is asked. `together` puts all sides of one network into one call; `first` is the number of x's first picture.
+        rows: pictures per network call.  apart: one side a call, whatever is asked. `together` puts all sides of one network into one call; `first`
+            is the number of x's first picture.
     """
 
     def evaluate(x: Tensor, level: Level, sides: Sequence[Side], together: bool, first: int = 0) -> tuple[Tensor, ...]:

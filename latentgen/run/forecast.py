@@ -1,4 +1,5 @@
-"""What a plan will need: memory by stage and time, predicted from shapes. Knows policies of residency, rehearsals and measured speeds; loads nothing."""
+"""What a plan will need: memory by stage and time, predicted from shapes. Knows policies of residency, rehearsals and measured speeds; loads
+nothing."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def held_bytes(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> int:
 def _weights(module: nn.Module) -> tuple[int, tuple[int, ...]]:
     """Bytes outside of blocks, and of each block; without the modulations, whose answers are known before the first step."""
     left = {name: weight_bytes(module.get_submodule(name)) for name in modulation_names(module)}
-    sizes = {name: weight_bytes(module.get_submodule(name)) - sum(size for head, size in left.items() if head.startswith(f"{name}.")) for name in blocks(module)}
+    sizes = {name: weight_bytes(module.get_submodule(name)) - sum(size for head, size in left.items() if head.startswith(f"{name}."))
+             for name in blocks(module)}
     return weight_bytes(module) - sum(left.values()) - sum(sizes.values()), tuple(sizes.values())
 
 

@@ -40,7 +40,8 @@ def read_foreign(texts: Mapping[str, str]) -> Foreign | None:
     Args:
         texts: see `latentgen.pixels.save.read_metadata`.
     """
-    readers = ((PARAMETERS, from_swarm), ("invokeai_metadata", from_invoke), ("sd-metadata", from_old_invoke), ("Sd-metadata", from_old_invoke), (PARAMETERS, from_diffusers),
+    readers = ((PARAMETERS, from_swarm), ("invokeai_metadata", from_invoke), ("sd-metadata", from_old_invoke), ("Sd-metadata", from_old_invoke),
+               (PARAMETERS, from_diffusers),
                ("prompt", from_prompt), ("workflow", from_workflow), ("Comment", from_diffusers), ("diffusers", from_diffusers),
                ("recipe", from_diffusers))
     parameters = read_parameters(texts.get(PARAMETERS, ""))

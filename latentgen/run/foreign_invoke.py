@@ -19,8 +19,10 @@ _NUMBERS = {"steps": ("steps", whole), "seed": ("seed", whole), "width": ("width
 _ADDED = {"loras": "LoRA", "controlnets": "ControlNet", "ipAdapters": "IP-Adapter", "t2iAdapters": "T2I-Adapter", "vae": "VAE",
           "refiner_model": "refiner",
           "control_layers": "control layer", "ref_images": "reference picture"}
-_READ = {*_NUMBERS, *_ADDED, "positive_prompt", "negative_prompt", "positive_style_prompt", "negative_style_prompt", "guidance", "clip_skip", "scheduler",
-         "model", "generation_mode", "init_image", "rand_device", "seamless", "seamless_axes", "seamless_x", "seamless_y", "prompt", "sampler", "variations",
+_READ = {*_NUMBERS, *_ADDED, "positive_prompt", "negative_prompt", "positive_style_prompt", "negative_style_prompt", "guidance", "clip_skip",
+         "scheduler",
+         "model", "generation_mode", "init_image", "rand_device", "seamless", "seamless_axes", "seamless_x", "seamless_y", "prompt", "sampler",
+         "variations",
          "app_version", "created_by", "type", "t5_encoder", "clip_embed_model", "qwen3_encoder"}  # the last are parts of the model
 _FLAGS = {"-s": ("steps", whole), "-S": ("seed", whole), "-W": ("width", whole), "-H": ("height", whole), "-C": ("guidance_scale", number),
           "-f": ("strength", number)}
@@ -123,7 +125,8 @@ def _variations(found: Found, said: Any) -> None:
     each = [one for one in said if isinstance(one, dict)] if isinstance(said, list) else []
     if each and found.take("variation_strength", each[0].get("weight"), number, said="weight of a variation"):
         found.take("variation_seed", each[0].get("seed"), whole, said="seed of a variation")
-        found.note("InvokeAI turns the noise as a whole to that of a variation, here it is turned column by column as in A1111: the picture is near, not the same")
+        found.note("InvokeAI turns the noise as a whole to that of a variation, here it is turned column by column as in A1111: the picture is near, "
+                   "not the same")
     if each[1:]:
         found.note(f"{len(each)} variations were combined there: only the first was taken over")
 

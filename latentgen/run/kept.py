@@ -1,4 +1,5 @@
-"""What was measured on this machine and is kept for later runs: small JSON files in the user's config folder. Knows that folder; no model and no request."""
+"""What was measured on this machine and is kept for later runs: small JSON files in the user's config folder. Knows that folder; no model and no
+request."""
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def lower(plan: Plan, stage: str | None) -> tuple[Plan, str] | None:
         stage: where memory ran out: rungs that change nothing there are left out. None where that is not known.
     """
     if stage in ("denoiser", None) and (step := next(fewer_rows(plan), None)) is not None:
-        return step, "guidance split" if step.request.split_guidance and not plan.request.split_guidance else f"{step.rows} pictures in a call of the network"
+        split = step.request.split_guidance and not plan.request.split_guidance
+        return step, "guidance split" if split else f"{step.rows} pictures in a call of the network"
     if stage in ("encoder", "decoder", None) and (step := next(smaller_tiles(plan), None)) is not None:
         return step, f"the autoencoder in tiles of {step.tile} pixels"
     policy = next(policies(plan), None)
@@ -77,11 +78,13 @@ def lower(plan: Plan, stage: str | None) -> tuple[Plan, str] | None:
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that there is no more memory, on any device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(said in str(error).lower() for said in SAID))
+    worded = isinstance(error, RuntimeError) and any(said in str(error).lower() for said in SAID)
+    return worded or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def enduring(work: Work, *, again: Callable[[bool], None] = lambda same: None) -> Generator[Step, None, Result]:
-    """The steps of a run; where memory runs out, what is held is freed and the run done again one rung below, without the steps that were told already.
+    """The steps of a run; where memory runs out, what is held is freed and the run done again one rung below, without the steps that were told
+    already.
 
     What was sampled is not sampled again where decoding failed. Each rung is noted.
 
@@ -126,7 +129,8 @@ def _below(work: Work, stage: str | None, sampled: Tensor | None, error: Excepti
     where = WHILE.get(stage or "", "running")
     step = lower(work.plan, stage)
     if step is None:
-        raise OutOfMemoryError(f"memory ran out while {where} {work.plan.width}x{work.plan.height} with residency {work.plan.residency!r} and nothing left to save: "
+        raise OutOfMemoryError(f"memory ran out while {where} {work.plan.width}x{work.plan.height} with residency {work.plan.residency!r} and "
+                               "nothing left to save: "
                                "make the picture smaller, free memory, or use a smaller model") from error
     plan, what = step
     note = f"memory ran out while {where}: done again with {what}"

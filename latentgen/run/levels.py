@@ -1,4 +1,5 @@
-"""The levels that a request visits: spacing, shift, and the share that an edit runs. Knows requests, families' defaults and samplers; runs no network."""
+"""The levels that a request visits: spacing, shift, and the share that an edit runs. Knows requests, families' defaults and samplers; runs no
+network."""
 
 from __future__ import annotations
 

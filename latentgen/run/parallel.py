@@ -52,7 +52,8 @@ class Parallel:
         """A note where there are more processes than evaluations in a step."""
         if evaluations >= self.processes or self.way == "context":
             return []
-        return [f"a step has {evaluations} evaluation(s) to deal out to {self.processes} processes: the others wait, so a batch or guidance would be faster"]
+        return [f"a step has {evaluations} evaluation(s) to deal out to {self.processes} processes: the others wait, "
+                "so a batch or guidance would be faster"]
 
 
 class Team:
@@ -174,7 +175,8 @@ class Several(Team):
         try:
             if done:
                 with _lost():
-                    dist.barrier(group, device_ids=[self._device.index] if self._device.type == "cuda" else None)  # or nccl takes the first GPU for all
+                    # or nccl takes the first GPU for all
+                    dist.barrier(group, device_ids=[self._device.index] if self._device.type == "cuda" else None)
         finally:
             dist.destroy_process_group(group)
 
@@ -221,7 +223,8 @@ class Group:
         import torch.distributed as dist
 
         if not self._under_way.acquire(blocking=False):
-            raise RequestError("another run of this pipeline is under way, and several processes make one after the other: finish or close that one first")
+            raise RequestError("another run of this pipeline is under way, and several processes make one after the other: "
+                               "finish or close that one first")
         try:
             self._runs += 1
             with _lost():
@@ -260,13 +263,15 @@ def join_group(way: str, device: torch.device) -> Group:
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
-        raise RequestError("parallel is given but this process is in no group: start it with torchrun, and call torch.distributed.init_process_group first")
+        raise RequestError("parallel is given but this process is in no group: start it with torchrun, "
+                           "and call torch.distributed.init_process_group first")
     if dist.get_world_size() == 1:
         raise RequestError("parallel is given but there is one process only: start more (torchrun --nproc-per-node 2), or leave it out")
     if device.type not in ("cpu", "cuda"):
         raise RequestError(f"parallel is given but torch's processes cannot share what is on {device.type}: use device='cpu', or leave it out")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # as every program under torchrun: what nccl and diffusers make for themselves is made on this process's own GPU
+        # as every program under torchrun: what nccl and diffusers make for themselves is made on this process's own GPU
+        torch.cuda.set_device(device)
     return Group(way, device)
 
 

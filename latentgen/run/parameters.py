@@ -86,7 +86,8 @@ def _emphasis(recipe: Mapping[str, Any]) -> dict[str, str]:
 def _template(recipe: Mapping[str, Any]) -> dict[str, str]:
     """What the words were made of, by the names that programs with wildcards and styles have for it."""
     said = recipe.get("template") if isinstance(recipe.get("template"), Mapping) else {}
-    told = {"Template": said.get("prompt"), "Negative Template": said.get("negative_prompt"), "Styles": ", ".join(map(str, recipe.get("styled_with", ())))}
+    told = {"Template": said.get("prompt"), "Negative Template": said.get("negative_prompt"),
+            "Styles": ", ".join(map(str, recipe.get("styled_with", ())))}
     return {name: str(value) for name, value in told.items() if value}
 
 

@@ -72,8 +72,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         card: a card whose defaults and configs hold where a file does not tell, as card="sdxl-turbo".
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
-        quantise: "int8", "fp8" or "int4" holds the weights of text encoders and denoiser in so many bits: less memory, a little slower, another picture
-            of the same kind (docs/approximate.md). "stored" leaves packed what a GGUF or fp8 file has packed: the picture is the same.
+        quantise: "int8", "fp8" or "int4" holds the weights of text encoders and denoiser in so many bits: less memory, a little slower, another
+            picture of the same kind (docs/approximate.md). "stored" leaves packed what a GGUF or fp8 file has packed: the picture is the same.
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         memory: "8GB", a number of bytes, or "auto" for what is free: every plan is made to fit it, see `Pipeline.plan`.
         parallel: "cfg" or "context" where several processes, each of which loads the model so, make every picture together: they share the
@@ -81,8 +81,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         parts: files or folders of single parts and tokenizers, as vae=, text_encoder=, text_encoder_2=, tokenizer_2=, or denoiser=.
 
     Raises:
-        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype, residency or speed, tuned without
-            a finding, or parallel outside a group of processes. ParallelError: the other processes did not come.
+        ModelError: no such model, or a file of it is missing, damaged or of another kind. RequestError: a bad device, dtype, residency or speed,
+            tuned without a finding, or parallel outside a group of processes. ParallelError: the other processes did not come.
     """
     if speed not in SPEEDS:
         raise RequestError(f"speed is {speed!r}: expected one of {', '.join(map(repr, SPEEDS))}")
@@ -121,8 +121,8 @@ class Pipeline:
             memory_bytes(memory, device)
         self._memo, self._group = Memo(), group
         weights = {stage: checkpoint.weight_bytes(stage, dtype=dtype) for stage in ("text", "denoiser", "decoder")}
-        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes, self._layers,
-                                quantise=quantise, parallel=None if group is None else group.parallel)
+        self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes,
+                                self._layers, quantise=quantise, parallel=None if group is None else group.parallel)
 
     def _layers(self, guider: str, said: Any) -> tuple[list[str], str]:
         """See `latentgen.models.weaken.chosen` and `broad`."""
@@ -181,7 +181,7 @@ class Pipeline:
         return self._run("outpaint", on_step, prompt=prompt, image=image, **options)
 
     def edit(self, prompt: str, reference: Any, *, on_step: OnStep | None = None, **options: Any) -> Result:
-        """A picture changed as the words instruct, by a model made for it; `reference` is the picture, or several where the model looks at several."""
+        """A picture changed as the words instruct, by a model made for it; `reference` is a picture, or several where it looks at several."""
         return self._run("edit", on_step, prompt=prompt, reference=reference, **options)
 
     def grid(self, prompt: Request | str = "", *, x: Axis, y: Axis | None = None, cell: int | None = None, on_step: OnStep | None = None,
@@ -200,7 +200,7 @@ class Pipeline:
 
     def variations(self, made: Any, /, *, count: int = 4, amount: float = 0.2, on_step: OnStep | None = None, save_state: str | Path | None = None,
                    save_every: int | None = None, **options: Any) -> Result:
-        """Pictures near to one that was made: from the recipe in its file, or redrawn where it has none. See `latentgen.run.variations.plan_variations`."""
+        """Pictures near to one, from the recipe in its file, or redrawn where it has none. See `latentgen.run.variations.plan_variations`."""
         from latentgen.run.variations import plan_variations
 
         plan = plan_variations(self, made, count=count, amount=amount, **options)
@@ -253,8 +253,8 @@ class Pipeline:
     def explain(self, request: Request | str | None = None, **options: Any) -> Explanation:
         """What a prompt says to each encoder: tokens, chunks, weights, the schedule by step, what is not heard. Loads no weights; print it.
 
-        Takes a `Request`, or a prompt with options, of which dialect, steps, prompt_2, prompt_3, styles and wildcards count, and the seed that these are
-        drawn for (0 where none is given).
+        Takes a `Request`, or a prompt with options, of which dialect, steps, prompt_2, prompt_3, styles and wildcards count, and the seed that these
+        are drawn for (0 where none is given).
 
         Raises:
             RequestError: see `Request`; or more text than any request may have.
@@ -272,7 +272,8 @@ class Pipeline:
         if save_every is not None and save_state is None and not isinstance(request, State):
             raise RequestError("save_every is given without save_state: name the file that keeps the run, or leave it out")
         if self._group is not None and (save_state is not None or isinstance(request, State)):
-            raise RequestError("save_state or resume is asked of several processes, each of which knows a part of the run only: use one, or leave it out")
+            raise RequestError("save_state or resume is asked of several processes, each of which knows a part of the run only: use one, "
+                               "or leave it out")
         if isinstance(request, State):
             led = request.given(options.pop("classifier", None))
             _alone("an interrupted run", options)
@@ -365,7 +366,8 @@ class Run:
 
 _TASK_NEEDS = {
     "txt2img": "leave image, mask and left/right/top/bottom out, or call that method", "img2img": "it takes an image and no mask or sides",
-    "inpaint": "it needs an image and a mask, and no left/right/top/bottom", "outpaint": "it needs an image and at least one of left, right, top, bottom",
+    "inpaint": "it needs an image and a mask, and no left/right/top/bottom",
+    "outpaint": "it needs an image and at least one of left, right, top, bottom",
     "edit": "it takes a reference and no image, mask or sides",
 }
 

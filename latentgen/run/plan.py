@@ -192,8 +192,10 @@ class Plan:
             "steps": f"{first.steps}, {self.sampler}, {self.spacing}, {first.way}" + "".join(f", {k} {v}" for k, v in self.options.items()),
             **{"then": str(one) for one in self.passes[1:]},
             "guidance": self._guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
-            "negative": "none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else f"{self.negative.tokens} tokens",
-            "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, speed {self.speed}, "
+            "negative": ("none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else
+                         f"{self.negative.tokens} tokens"),
+            "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, "
+                       f"speed {self.speed}, "
                        f"{self.evaluations} network evaluations a picture" + (f", {self.parallel}" if self.parallel else ""),
             "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
         }
@@ -291,7 +293,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     passes = (first,) if second is None else (first, second)
     check_references(references, family, ((one.width, one.height) for one in passes))
-    notes += whole(request, passes) + idle(guiders, [one.progress for one in passes], lambda level: low <= family.path.find(level.half_log_snr) <= high)
+    notes += whole(request, passes) + idle(guiders, [one.progress for one in passes],
+                                           lambda level: low <= family.path.find(level.half_log_snr) <= high)
     approximate = approximations_of(request, family, refuse, passes=passes, tuned=machine.tuned, notes=notes)
     if machine.parallel is not None:
         if machine.parallel.way == "context" and (weak := [name for name, options in guiders.items() if "layers" in options]):
@@ -301,7 +304,8 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
                                     way=machine.parallel.way)
         notes += machine.parallel.idle(request.batch * (sides if guided else prompt.composed))
     if machine.speed == GRAPHS and approximate:
-        problem = "approximate is given but speed is 'graphs', which repeats whole calls of the network: load the model with another speed, or leave approximate out"
+        problem = ("approximate is given but speed is 'graphs', which repeats whole calls of the network: "
+                   "load the model with another speed, or leave approximate out")
         refuse(problem) if request.approximate is not None else notes.append(f"tuned, but left alone: {problem}")
         approximate = {}
     together = request.batch if machine.device != "cpu" and not any(APPROXIMATIONS[name].adaptive for name in approximate) else 1
@@ -309,8 +313,10 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     return Plan(
         request=request, model=machine.model, task=request.task, passes=passes,
         noise=seeds_of(request, family.latent, refuse), sampler=request.sampler or defaults.sampler,
-        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg, image_guidance_scale=image_scale,
-        guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative, empty=empty,
+        spacing=request.spacing or defaults.spacing, options=options, guidance_scale=guiding.scale, cfg_scale=guiding.cfg,
+        image_guidance_scale=image_scale,
+        guidance_rescale=rescale if guiding.any else 0.0, guidance_interval=(low, high), guiders=guiders, prompt=prompt, negative=negative,
+        empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, speed=machine.speed, weights=machine.weights,
         notes=tuple(notes), approximate=approximate, parallel=machine.parallel, quantise=machine.quantise, references=references)

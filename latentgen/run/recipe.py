@@ -97,8 +97,8 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
     """The request with every default filled in, the model's digest, versions and notes; JSON-ready. Source pictures are named by hash only.
 
     Every key that a `Request` has too may be given back to one as it is: with the same pictures, that makes the same picture. `batch` is the number
-    of pictures that were made (where wildcards gave them different texts, "cells" has what each says by itself); `rows`, where it is above 1, how many
-    of them the network saw at once, which may change the last bits on a GPU.
+    of pictures that were made (where wildcards gave them different texts, "cells" has what each says by itself); `rows`, where it is above 1, how
+    many of them the network saw at once, which may change the last bits on a GPU.
     """
     if plan.pictures:
         recipes = [make_recipe(picture, digest, notes) for picture in plan.pictures]
@@ -149,7 +149,8 @@ def joined_recipe(recipes: Sequence[Mapping[str, Any]], **about: Any) -> dict[st
     return {**base, **about, "cells": [{name: value for name, value in recipe.items() if name not in base} for recipe in recipes]}
 
 
-def metadata(recipe: Mapping[str, Any], seed: int | None = None, image: Image.Image | None = None, *, variation_seed: int | None = None) -> dict[str, str]:
+def metadata(recipe: Mapping[str, Any], seed: int | None = None, image: Image.Image | None = None, *,
+             variation_seed: int | None = None) -> dict[str, str]:
     """What goes into one picture's file: the recipe with that picture's own seeds and a batch of one, and the same for other programs.
 
     Args:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 STAGES: tuple[Stage, ...] = ("text", "encoder", "denoiser", "decoder")
 KEPT = 64  # rehearsals that a process remembers
 KEPT_PARTS = 4  # checkpoints whose parts on paper it keeps
-SAID = ("vae_tile", "prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask", "reference",
+SAID = ("vae_tile", "prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask",
+        "reference",
         "latents",
         "steps", "guidance_scale", "strict")  # what of a request changes no shape, or shows in the plan
 
@@ -108,7 +109,8 @@ _rehearsals, _decodings, _parts = _Kept(KEPT), _Kept(KEPT), _Kept(KEPT_PARTS)
 def paper_parts(checkpoint: Checkpoint, plan: Plan) -> Mapping[Part, nn.Module]:
     """Every part on paper as a plan holds it, or those made before."""
     def made() -> Mapping[Part, nn.Module]:
-        return {part: paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype), quantise=plan.quantise if QUANTISED & {*part.stages} else None)
+        return {part: paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype),
+                                 quantise=plan.quantise if QUANTISED & {*part.stages} else None)
                 for part in checkpoint.family.parts}
 
     return _parts.get(_digest([_configs(checkpoint), plan.dtype, plan.quantise]), made)
@@ -207,7 +209,8 @@ def _key(checkpoint: Checkpoint, plan: Plan) -> str:
     passes = [(one.width, one.height, one.tile if edits else None, one.evaluations, None if one.source is None else one.source.mask is None)
               for one in plan.passes]
     return _digest([_configs(checkpoint), said, texts, passes, [picture.size for picture in plan.references], plan.task, len(plan.seeds), plan.rows,
-                    plan.batching, plan.dtype, plan.quantise, plan.device, plan.guidance_interval, plan.weighting, plan.sampler, dict(plan.approximate)])
+                    plan.batching, plan.dtype, plan.quantise, plan.device, plan.guidance_interval, plan.weighting, plan.sampler,
+                    dict(plan.approximate)])
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, Any]:

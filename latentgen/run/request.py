@@ -24,7 +24,8 @@ EXPECTED = {
     "strength": "a number above 0 and up to 1", "eta": "a number from 0 to 1", "shift": "a number from 0.01 to 100",
     "seed": SEED, "variation_seed": SEED, "variation_strength": "a number from 0 (off) to 1",
     "batch": "a whole number from 1 to 64", "sampler": "a sampler's name", "spacing": "a spacing's name",
-    "true_cfg_scale": "a number from 1 (off) to 100", "image_guidance_scale": "a number from 0 to 100", "clip_skip": "a whole number from 1 (off) to 12",
+    "true_cfg_scale": "a number from 1 (off) to 100", "image_guidance_scale": "a number from 0 to 100",
+    "clip_skip": "a whole number from 1 (off) to 12",
     "denoising_start": "a number above 0 and below 1", "denoising_end": "a number above 0 and below 1",
     "aesthetic_score": "a number from 0 to 10", "negative_aesthetic_score": "a number from 0 to 10",
     "guiders": "a guider's name, several in a list, or names with options, as {'apg': {'eta': 0.2}}",
@@ -54,19 +55,30 @@ ALIASES = {  # what diffusers, A1111, ComfyUI and InvokeAI call it
     "denoising_strength": "strength", "denoise": "strength", "sampler_name": "sampler", "sampler_index": "sampler", "scheduler": "sampler",
     "positive": "prompt", "positive_prompt": "prompt", "text": "prompt", "negative": "negative_prompt", "init_image": "image", "input_image": "image",
     "init_images": "image", "mask_image": "mask", "generator": "seed", "noise_seed": "seed", "seeds": "seed", "all_seeds": "seed",
-    "subseed": "variation_seed", "subseed_strength": "variation_strength", "variation_amount": "variation_strength", "with_variations": "variation_seed",
-    "all_subseeds": "variation_seed", "variation_seed_strength": "variation_strength", "seed_resize_from_w": "seed_width", "seed_resize_from_h": "seed_height",
+    "subseed": "variation_seed", "subseed_strength": "variation_strength", "variation_amount": "variation_strength",
+    "with_variations": "variation_seed",
+    "all_subseeds": "variation_seed", "variation_seed_strength": "variation_strength", "seed_resize_from_w": "seed_width",
+    "seed_resize_from_h": "seed_height",
     "sigmas": "spacing", "timestep_spacing": "spacing",
     "cfg_rescale": "guidance_rescale", "rescale_cfg": "guidance_rescale", "w": "width", "h": "height", "size": "width", "resolution": "width",
-    "hr_scale": "upscale", "upscale_by": "upscale", "scale_by": "upscale", "upscale_factor": "upscale", "enable_hr": "upscale", "hires_fix": "upscale",
-    "hr_upscaler": "upscaler", "upscale_method": "upscaler", "hires_upscaler": "upscaler", "hr_second_pass_steps": "upscale_steps", "hires_steps": "upscale_steps",
-    "hr_denoising_strength": "upscale_strength", "hires_strength": "upscale_strength", "tile_size": "tile", "tile_width": "tile", "tile_height": "tile",
-    "tiling": "seamless", "tileable": "seamless", "seamless_x": "seamless", "seamless_y": "seamless", "circular": "seamless", "seamless_axes": "seamless",
+    "hr_scale": "upscale", "upscale_by": "upscale", "scale_by": "upscale", "upscale_factor": "upscale", "enable_hr": "upscale",
+    "hires_fix": "upscale",
+    "hr_upscaler": "upscaler", "upscale_method": "upscaler", "hires_upscaler": "upscaler", "hr_second_pass_steps": "upscale_steps",
+    "hires_steps": "upscale_steps",
+    "hr_denoising_strength": "upscale_strength", "hires_strength": "upscale_strength", "tile_size": "tile", "tile_width": "tile",
+    "tile_height": "tile",
+    "tiling": "seamless", "tileable": "seamless", "seamless_x": "seamless", "seamless_y": "seamless", "circular": "seamless",
+    "seamless_axes": "seamless",
     "callback": "on_step", "callback_on_step_end": "on_step", "clipskip": "clip_skip", "crops_coords_top_left": "crop_top_left",
-    "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end", "true_cfg": "true_cfg_scale",
-    "guider": "guiders", "clip_guidance": "classifier", "cond_fn": "classifier", "pag_scale": "guiders", "pag_applied_layers": "guiders", "skip_guidance_layers": "guiders",
-    "skip_layer_guidance_scale": "guiders", "apg_momentum": "guiders", "apg_eta": "guiders", "use_cfg_zero_star": "guiders", "thresholding": "guiders",
-    "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend", "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale", "distilled_cfg_scale": "guidance_scale",
+    "reference_image": "reference", "ip_image": "reference", "control_image": "reference", "high_noise_frac": "denoising_end",
+    "true_cfg": "true_cfg_scale",
+    "guider": "guiders", "clip_guidance": "classifier", "cond_fn": "classifier", "pag_scale": "guiders", "pag_applied_layers": "guiders",
+    "skip_guidance_layers": "guiders",
+    "skip_layer_guidance_scale": "guiders", "apg_momentum": "guiders", "apg_eta": "guiders", "use_cfg_zero_star": "guiders",
+    "thresholding": "guiders",
+    "image_cfg_scale": "image_guidance_scale", "parser": "dialect", "emphasis": "weighting", "conditioning_to_strength": "blend",
+    "conditioning_to": "blend_prompt", "prompt_to": "blend_prompt", "prompt_weighting": "weighting", "distilled_guidance": "guidance_scale",
+    "distilled_cfg_scale": "guidance_scale",
     "cache": "approximate", "cache_config": "approximate", "first_block_cache": "approximate", "teacache": "approximate", "taylorseer": "approximate",
     "deepcache": "approximate", "tome": "approximate", "tome_ratio": "approximate", "token_merging_ratio": "approximate",
 }
@@ -77,7 +89,8 @@ _NOT_YET = ("lora", "loras", "lora_weights", "lora_scale", "lora_path", "control
 _LOAD = "it is of the model, so pass it to latentgen.load(...)"
 _RUNS = "it belongs to the calls that make pictures of one request, and to `stream`, so leave it out here"
 _WORDS = "texts are encoded here, so pass prompt and negative_prompt"
-ELSEWHERE = dict.fromkeys(("device", "dtype", "torch_dtype", "quantise", "quantize", "tuned", "speed", "compile", "cuda_graphs", "residency", "model", "checkpoint", "vae"), _LOAD) | {
+ELSEWHERE = dict.fromkeys(("device", "dtype", "torch_dtype", "quantise", "quantize", "tuned", "speed", "compile", "cuda_graphs", "residency", "model",
+                           "checkpoint", "vae"), _LOAD) | {
     "memory": "it is of latentgen.load(...) and pipe.plan(...), so pass it there",
     "prompt_embeds": _WORDS, "negative_prompt_embeds": _WORDS, "pooled_prompt_embeds": _WORDS, "negative_pooled_prompt_embeds": _WORDS,
     "output_type": "a result has .images and .latents both, so leave it out", "return_dict": "a result is always an object, so leave it out",
@@ -99,13 +112,14 @@ class Request(BaseModel):
         guidance_scale: classifier-free guidance; 1 is off (Ho and Salimans 2022).
         guidance_rescale: 0 to 1 (Lin et al. 2023). guidance_interval: part of the path, 0 clean to 1 noise (Kynkaanniemi et al. 2024).
         guiders: what acts beside the plain rule of guidance (`latentgen guiders` lists them): "apg", ["apg", "slg"] or {"apg": {"eta": 0.2}}.
-        classifier: (x, level) -> log p(y | x), (B,), differentiable, for the guider of that name (Dhariwal and Nichol 2021). x is noisy latents (B, c, h, w);
-            with an attribute `of` = "x0" the clean estimate, "pixels" what that looks like, (B, 3, H, W) in [-1, 1]. See `latentgen.clip_guidance`.
+        classifier: (x, level) -> log p(y | x), (B,), differentiable, for the guider of that name (Dhariwal and Nichol 2021). x is noisy latents (B,
+            c, h, w); with an attribute `of` = "x0" the clean estimate, "pixels" what that looks like, (B, 3, H, W) in [-1, 1]. See
+            `latentgen.clip_guidance`.
         sampler_options: what the sampler takes beside (`latentgen samplers NAME` lists it), as {"s_churn": 10}.
         eta: noise of the DDIM sampler and the ancestral ones, 0 to 1. shift: shift of the levels (1 is none).
         seed: picture i of a batch uses seed + i, or a list says each; None draws one and reports it.
-        variation_strength: 0 to 1, how far the noise is turned to that of `variation_seed` (A1111's variation seed). Then all pictures of a batch have
-            the same seed, and picture i the variation seed + i, or a list says each.
+        variation_strength: 0 to 1, how far the noise is turned to that of `variation_seed` (A1111's variation seed). Then all pictures of a batch
+            have the same seed, and picture i the variation seed + i, or a list says each.
         seed_width, seed_height: another size, whose noise stands in the middle of this picture's (A1111's seed resize), which keeps something of the
             picture that the seed gives there.
         image, mask: PIL picture, path, bytes, array or tensor; white in the mask is repainted.
@@ -113,17 +127,18 @@ class Request(BaseModel):
         left, right, top, bottom: pixels that outpaint adds. feather: soft rim of the outpaint mask.
         dialect: how prompts are read: "a1111" ((word:1.3), [from:to:0.4], [a|b], AND, BREAK), "comfy" ((word:1.3)) or "plain" (nothing is syntax).
         styles: saved prompt templates of `styles_file` (TOML, a table with `prompt` and `negative` for each), laid over the texts in this order.
-        wildcards: the folder of the word lists that __name__ draws a line of. {a|b} is drawn without one; False leaves both as text. Each picture of a
-            batch draws by its own seed, in the dialects a1111 and comfy.
+        wildcards: the folder of the word lists that __name__ draws a line of. {a|b} is drawn without one; False leaves both as text. Each picture of
+            a batch draws by its own seed, in the dialects a1111 and comfy.
         weighting: by which rule weights hold: "a1111", "a1111_no_norm" or "comfy"; None takes that of the dialect.
-        blend_prompt: words towards which those of `prompt` are turned, by the share `blend`, 0 to 1 (0.5 where none is said): every token's state, and
-            the pooled vector, along the sphere. Schedules are kept on both sides; AND is not.
+        blend_prompt: words towards which those of `prompt` are turned, by the share `blend`, 0 to 1 (0.5 where none is said): every token's state,
+            and the pooled vector, along the sphere. Schedules are kept on both sides; AND is not.
         prompt_2, prompt_3, negative_prompt_2, negative_prompt_3: other words for a model's second and third text encoder.
         clip_skip: 1 is the layer that the model uses, 2 the one before it (A1111's count).
         reference: a picture, or several, that a model for editing by instruction looks at.
         true_cfg_scale: classifier-free guidance beside the guidance that a distilled model has built in; 1 is off.
         image_guidance_scale: how far an edit by instruction holds to its picture (Brooks et al. 2023).
-        original_size, crop_top_left, target_size (and negative_...): size and crop that the model is told, (height, width) or (y, x) (Podell et al. 2023).
+        original_size, crop_top_left, target_size (and negative_...): size and crop that the model is told, (height, width) or (y, x) (Podell et al.
+        2023).
         aesthetic_score, negative_aesthetic_score: what a refiner is told.
         denoising_end: stop where this share of the noise path is done and leave the rest to another model; its `latents` and the same number as
             `denoising_start` go on from there.

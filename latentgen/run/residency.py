@@ -59,7 +59,8 @@ class Residency:
         with self._lock:
             if not self._checked:
                 self.checkpoint.check()
-                self.checkpoint.digest  # noqa: B018 - now, so that the recipe names these weights and a finished picture cannot be lost to a file that went
+                # now, so that the recipe names these weights and a finished picture cannot be lost to a file that went
+                self.checkpoint.digest  # noqa: B018
                 self._checked = True
 
     @contextmanager
@@ -96,7 +97,8 @@ class Residency:
             if key not in self._here:
                 leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
                 later = None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype)
-                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later, lane=Lane(self.device) if streamed else None,
+                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later,
+                                            lane=Lane(self.device) if streamed else None,
                                             pinned=policy == "stream" and self.device.type == "cuda",
                                             quantise=self.quantise if QUANTISED & {*part.stages} else None)
                 if not streamed:  # streamed weights come and go as they lie in their file

@@ -1,4 +1,5 @@
-"""How fast this machine computes, measured once and kept: a second of matrix products, convolutions and attention. Knows tensors; no model and no plan."""
+"""How fast this machine computes, measured once and kept: a second of matrix products, convolutions and attention. Knows tensors; no model and no
+plan."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ class State:
         for name, cure in cures.items():
             then = self.recipe.get(name)
             if then != now.get(name):
-                raise RequestError(f"the run was begun with {name.replace('_', ' ')} {str(then)[:40]} and here it would be {str(now.get(name))[:40]}: "
+                raise RequestError(f"the run was begun with {name.replace('_', ' ')} {str(then)[:40]} and here it would be "
+                                   f"{str(now.get(name))[:40]}: "
                                    f"{cure}, or start it anew")
         old, new = ({**versions} if isinstance(versions := recipe.get("versions"), dict) else {} for recipe in (self.recipe, now))
         return tuple(f"the run was begun with {name} {str(old.get(name))[:80]} and went on with {new[name]}: its last bits may differ"
@@ -197,7 +198,8 @@ class Keeper:
 
 
 def begun(path: str | Path, request: Request, *, every: int | None, total: int) -> State:
-    """The state of a run that has not begun, to be kept in `path` after every `every` steps. For what it raises see `checked_path`, `checked_every`."""
+    """The state of a run that has not begun, to be kept in `path` after every `every` steps. For what it raises see `checked_path`,
+    `checked_every`."""
     return State({}, _pictures(request), total=total, every=checked_every(EVERY if every is None else every), path=checked_path(path))
 
 

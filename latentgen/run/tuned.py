@@ -1,4 +1,5 @@
-"""What `latentgen tune` found fastest for a model on this machine, as a pipeline uses it where the user said so. Knows the file of such findings; runs nothing."""
+"""What `latentgen tune` found fastest for a model on this machine, as a pipeline uses it where the user said so. Knows the file of such findings;
+runs nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Tuned:
 
     def __str__(self) -> str:
         what = in_words(self.approximate) or "nothing"
-        return f"tuned on this machine: {what}, {self.speedup:.2f} times as fast at a quality of {self.quality:g}; pass approximate={{}} for the exact picture"
+        return (f"tuned on this machine: {what}, {self.speedup:.2f} times as fast at a quality of {self.quality:g}; "
+                "pass approximate={} for the exact picture")
 
 
 def tuned_key(digest: str, device: str, dtype: str) -> str:

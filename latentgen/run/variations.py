@@ -31,7 +31,8 @@ def plan_variations(pipe: Pipeline, made: Any, /, *, count: int = COUNT, amount:
     redrawn at the strength `amount`, with or without words.
 
     Args:
-        made: a picture's file, its bytes, an image or array; or a result of one picture, or a recipe. What needs a picture that no file holds is given it by name, as image=.
+        made: a picture's file, its bytes, an image or array; or a result of one picture, or a recipe. What needs a picture that no file holds is
+            given it by name, as image=.
         count: how many, 1 to 64.
         amount: above 0, the same, to 1, another picture.
         options: whatever is to be different: fields of `Request`.

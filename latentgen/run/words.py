@@ -58,7 +58,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Script:
-    """What is said when: the `Said` of each planned step of the first pass, chosen by noise level, so that a denoiser stays a function of x and level.
+    """What is said when: the `Said` of each planned step of the first pass, chosen by noise level, so that a denoiser stays a function of x and
+    level.
 
     A sampler that looks between two levels hears what is said at the noisier of them.
     """
@@ -90,7 +91,8 @@ class Speaker:
         """
         plan, run = self.plan, self.plan.passes[0]
         guides = "triple" if self.family.guidance == "image" and plan.references else "pair"
-        sides: tuple[Side | Literal["empty"], ...] = SIDES["off" if plan.batching == "off" else guides] + (("empty",) if plan.empty is not None else ())
+        sides: tuple[Side | Literal["empty"], ...] = SIDES["off" if plan.batching == "off" else guides]
+        sides += ("empty",) if plan.empty is not None else ()
         texts = {"positive": plan.prompt, "empty": plan.empty or plan.negative}
         said = {side: texts.get(side, plan.negative) for side in sides}
         spans = [tuple(text.at(run.first_step + n) for text in said.values()) for n in range(run.steps)]

@@ -123,7 +123,8 @@ def approximated(net: nn.Module, chosen: Chosen, asked: Asked, *, shape: tuple[i
 
 def saved(tallies: Mapping[str, Tally]) -> list[str]:
     """A sentence about what each approximation has saved so far."""
-    return [f"{name}: {tally.saved} of {tally.asked} {(info := APPROXIMATIONS[name]).counts} were " + ("merged away" if info.group == "tokens" else "reused")
+    return [f"{name}: {tally.saved} of {tally.asked} {(info := APPROXIMATIONS[name]).counts} were "
+            + ("merged away" if info.group == "tokens" else "reused")
             for name, tally in tallies.items()]
 
 

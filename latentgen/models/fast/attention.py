@@ -1,7 +1,7 @@
 """Attention by plain matrix products in bf16 on a CPU, in blocks of rows where it is large. Knows tensors; knows no module and no network.
 
-PyTorch's fused kernel for CPUs multiplies at a fifth of what oneDNN's products reach, so one head's block of scores that stays in the cache is faster:
-scores, exponentials, values. Which way is taken depends on shapes alone, never on a clock: the same request must make the same bytes again.
+PyTorch's fused kernel for CPUs multiplies at a fifth of what oneDNN's products reach, so one head's block of scores that stays in the cache is
+faster: scores, exponentials, values. Which way is taken depends on shapes alone, never on a clock: the same request must make the same bytes again.
 """
 
 from __future__ import annotations
@@ -100,9 +100,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float, out: T
 class Attending(TorchFunctionMode):
     """While it is entered, this thread's calls of `scaled_dot_product_attention` go to `attend` where that can take them."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+                           kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is scaled_dot_product_attention and not any(value is not None and value is not False and value != 0.0 for value in _rest(args, kwargs)):
+        if func is scaled_dot_product_attention and not any(value is not None and value is not False and value != 0.0
+                                                            for value in _rest(args, kwargs)):
             q, k, v = (*args[:3], *(kwargs[name] for name in NAMES[len(args):]))
             if (way := ways(q, k)) is not None:
                 return way(q, k, v, kwargs.get("scale"))
@@ -111,4 +113,5 @@ class Attending(TorchFunctionMode):
 
 def _rest(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a call asks for beside the three tensors and the scale."""
-    return [*(value is not None for value in args[3:]), *(value is not None if isinstance(value, Tensor) else value for name, value in kwargs.items() if name not in (*NAMES, "scale"))]
+    return [*(value is not None for value in args[3:]),
+            *(value is not None if isinstance(value, Tensor) else value for name, value in kwargs.items() if name not in (*NAMES, "scale"))]

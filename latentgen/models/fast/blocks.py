@@ -136,9 +136,11 @@ class FastAttention(Attention):
     def prepared(self) -> None:
         """Nothing to do."""
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None,
+                **kwargs: Any) -> Tensor:
         """(B, n, c) or (B, c, H, W) -> the same shape."""
-        if type(self.processor) is not AttnProcessor2_0 or attention_mask is not None or any(value is not None for name, value in kwargs.items() if name != "temb"):
+        if type(self.processor) is not AttnProcessor2_0 or attention_mask is not None or any(value is not None
+                                                                                             for name, value in kwargs.items() if name != "temb"):
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         x = hidden_states
         if self.group_norm is not None:
@@ -171,10 +173,12 @@ class FastTransformerBlock(BasicTransformerBlock):
         """Nothing to do."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None,
-                encoder_attention_mask: Tensor | None = None, timestep: Any = None, cross_attention_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Tensor:
+                encoder_attention_mask: Tensor | None = None, timestep: Any = None, cross_attention_kwargs: dict[str, Any] | None = None,
+                **kwargs: Any) -> Tensor:
         """(B, n, c) -> (B, n, c)."""
         if cross_attention_kwargs or self._chunk_size is not None or not isinstance(self.ff, FeedForward):
-            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs, **kwargs)
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs,
+                                   **kwargs)
         x = self.attn1(self.norm1(hidden_states), encoder_hidden_states=None, attention_mask=attention_mask).add_(hidden_states)
         x = self.attn2(self.norm2(x), encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask).add_(x)
         first, *_, last = (layer for layer in self.ff.net if not isinstance(layer, nn.Dropout))
@@ -192,7 +196,8 @@ class FastTransformer(Transformer2DModel):
     def prepared(self) -> None:
         """Nothing to do."""
 
-    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int) -> Tensor:
+    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int,
+                                          inner_dim: int) -> Tensor:
         if not self.use_linear_projection:
             return plus(self.proj_out, hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2), residual)
         made = plus(self.proj_out, hidden_states, residual.permute(0, 2, 3, 1).flatten(1, 2))
@@ -219,7 +224,8 @@ class FastSequence(nn.Sequential):
 
 
 BLOCKS: dict[type[nn.Module], Any] = {
-    GEGLU: FastGEGLU, GELU: FastGELU, ResnetBlock2D: FastResnet, Upsample2D: FastUpsample, AutoencoderTinyBlock: FastTinyBlock, Attention: FastAttention,
+    GEGLU: FastGEGLU, GELU: FastGELU, ResnetBlock2D: FastResnet, Upsample2D: FastUpsample, AutoencoderTinyBlock: FastTinyBlock,
+    Attention: FastAttention,
     BasicTransformerBlock: FastTransformerBlock, Transformer2DModel: FastTransformer, nn.Sequential: FastSequence,
 }
 

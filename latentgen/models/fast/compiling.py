@@ -24,7 +24,8 @@ def compiled(module: nn.Module) -> nn.Module:
     """
     weight = next(module.parameters())
     if weight.device.type == "cpu" and not any(map(shutil.which, ("cc", "gcc", "clang", "g++", "cl"))):
-        raise RequestError("compile=True needs a C++ compiler for a network on the CPU, and none is here: install one (gcc or clang), or leave it out")
+        raise RequestError("compile=True needs a C++ compiler for a network on the CPU, and none is here: install one (gcc or clang), "
+                           "or leave it out")
     if getattr(module, "_repeated_blocks", None):
         module.compile_repeated_blocks()
     else:

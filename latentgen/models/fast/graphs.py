@@ -1,9 +1,10 @@
-"""Calls of a network that are captured once and then replayed by the device (CUDA graphs), within one pass of one run. Knows modules, tensors and CUDA.
+"""Calls of a network that are captured once and then replayed by the device (CUDA graphs), within one pass of one run. Knows modules, tensors and
+CUDA.
 
-A graph repeats what the device was asked to do, at the same addresses; no Python runs. So everything in which two calls may differ has to come in as a
-tensor, and is copied to where the graph reads it; all else that a call is given (numbers, words, which tensors there are, their shapes) is the key under
-which its graph is kept. What a network looks up by itself (tables by level, caches, weights that come and go) a graph would freeze: networks that do are
-called as they are.
+A graph repeats what the device was asked to do, at the same addresses; no Python runs. So everything in which two calls may differ has to come in as
+a tensor, and is copied to where the graph reads it; all else that a call is given (numbers, words, which tensors there are, their shapes) is the key
+under which its graph is kept. What a network looks up by itself (tables by level, caches, weights that come and go) a graph would freeze: networks
+that do are called as they are.
 """
 
 from __future__ import annotations

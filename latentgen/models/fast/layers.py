@@ -1,7 +1,7 @@
 """Linear and convolution with their weights packed once. Knows torch's modules; knows no network.
 
-A module is turned into one of these in place, by its class, so that whatever holds it goes on holding it. Once it was called, its plain weight is gone:
-`weight` is then a packed tensor, which tells dtype, device and shape and refuses every other operator.
+A module is turned into one of these in place, by its class, so that whatever holds it goes on holding it. Once it was called, its plain weight is
+gone: `weight` is then a packed tensor, which tells dtype, device and shape and refuses every other operator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from latentgen.models.promised import Promised
 
 
 class Kernel:
-    """One weight in the orders in which it is read: packed when it is first used, and the plain one gone then. One that is promised is made only then.
+    """One weight in the orders in which it is read: packed when it is first used, and the plain one gone then. One that is promised is made only
+    then.
 
     The views of a module share its kernel. Mostly there is one order; where another size of pictures needs another one, both are kept.
     """
@@ -60,7 +61,8 @@ class Kernel:
     @property
     def bytes(self) -> int:
         """Of all orders; none as long as it is promised."""
-        return 0 if isinstance(self.plain, Promised) else self.shape.numel() * self.dtype.itemsize * max(1, len({id(p) for p in self.packed.values()}))
+        copies = max(1, len({id(p) for p in self.packed.values()}))
+        return 0 if isinstance(self.plain, Promised) else self.shape.numel() * self.dtype.itemsize * copies
 
 
 class PackedLinear(nn.Linear):
@@ -157,8 +159,8 @@ def plus(module: nn.Module, x: Tensor, other: Tensor) -> Tensor:
 class DoublingConv2d(PackedConv2d):
     """Nearest-neighbour doubling and the 3x3 convolution after it, as four 2x2 convolutions of the small picture: 4 products for each output, not 9.
 
-    Each of the four kinds of output (even or odd row, even or odd column) sees only 2x2 different inputs, so the taps that fall on one input are added
-    up beforehand. Exact but for the rounding of those sums.
+    Each of the four kinds of output (even or odd row, even or odd column) sees only 2x2 different inputs, so the taps that fall on one input are
+    added up beforehand. Exact but for the rounding of those sums.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,6 +193,7 @@ def _summed(weight: Tensor) -> Tensor:
     """(out, in, 3, 3) -> (4 out, in, 2, 2): for each kind of output its own 2x2 kernel."""
     first, middle, last = weight.float().unbind(2)
     rows = ((first, middle + last), (first + middle, last))  # the two taps of even and of odd rows
-    taps = [torch.stack([torch.stack((tap[..., 0], tap[..., 1] + tap[..., 2]) if even else (tap[..., 0] + tap[..., 1], tap[..., 2]), -1) for tap in row], -2)
+    taps = [torch.stack([torch.stack((tap[..., 0], tap[..., 1] + tap[..., 2]) if even else (tap[..., 0] + tap[..., 1], tap[..., 2]), -1)
+                         for tap in row], -2)
             for row in rows for even in (True, False)]
     return torch.cat(taps).to(weight.dtype)

@@ -67,7 +67,8 @@ def pack_convolution(weight: Tensor, at: Window, size: Sequence[int]) -> Tensor:
 
     In the order of another size a convolution may be reordered in each call, and run a hundred times slower.
     """
-    return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(memory_format=torch.channels_last), at.padding, at.stride, at.dilation, 1, list(size))
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(memory_format=torch.channels_last), at.padding, at.stride, at.dilation, 1,
+                                                        list(size))
 
 
 def order(packed: Tensor) -> bytes:

@@ -75,4 +75,5 @@ def undo(attention: nn.Module) -> None:
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all weights that a module holds, packed ones too."""
     kernels = (vars(m).get("kernel") for m in module.modules())
-    return sum(p.numel() * p.element_size() for p in (*module.parameters(), *module.buffers()) if not p.is_meta) + sum(kernel.bytes for kernel in kernels if kernel is not None)
+    plain = sum(p.numel() * p.element_size() for p in (*module.parameters(), *module.buffers()) if not p.is_meta)
+    return plain + sum(kernel.bytes for kernel in kernels if kernel is not None)

@@ -1,7 +1,7 @@
 """Linears of a network whose weights are held packed. Knows modules and ways; knows no family and no policy.
 
-Only the linears of blocks are packed, which are nearly all of a transformer; embeddings, norms, convolutions and the first and last layers stay as they
-are. What a file has packed stays so wherever it is the weight of a linear. Each product makes its weights anew.
+Only the linears of blocks are packed, which are nearly all of a transformer; embeddings, norms, convolutions and the first and last layers stay as
+they are. What a file has packed stays so wherever it is the weight of a linear. Each product makes its weights anew.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class Packed(Tensor):
 
     @staticmethod
     def __new__(cls, way: Way, parts: Parts, shape: Sequence[int]) -> Packed:
-        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32, device=next(iter(parts.values())).device)  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=torch.float32, device=next(iter(parts.values())).device)
         made.way, made.parts = way, dict(parts)
         return made
 

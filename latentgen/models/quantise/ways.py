@@ -94,7 +94,8 @@ class Fp8(Way):
 
     def check(self, parts: Parts) -> None:
         largest = 0x7E if parts["codes"].dtype == torch.float8_e4m3fn else 0x7B
-        if int(parts["codes"].view(torch.uint8).bitwise_and(0x7F).amax()) > largest or not bool(torch.isfinite(parts.get("scale", torch.zeros(1))).all()):
+        if int(parts["codes"].view(torch.uint8).bitwise_and(0x7F).amax()) > largest or not bool(torch.isfinite(parts.get("scale",
+                                                                                                                         torch.zeros(1))).all()):
             raise NotFinite
 
     def some(self, parts: Parts, dtype: torch.dtype) -> Tensor:
