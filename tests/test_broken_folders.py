@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_broken_files import checked, nothing_is_read, opened, reads, refused, warm  # noqa: F401
+from test_broken_files import checked, nothing_is_read, opened, reads, refused  # noqa: F401
 from test_convert import maker
 from test_inspect import layout, sparse
 from tiny_folders import tiny

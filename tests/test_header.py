@@ -7,13 +7,13 @@ import json
 import os
 import pickle
 import struct
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from counting import bytes_read, lines_run
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -35,12 +35,18 @@ def packed(header: Any, data: int = 8) -> bytes:
 
 
 def refused(path: Path, *words: str) -> str:
-    """The one sentence with which the file is refused, within a second and without any folder but its own in it."""
-    begin = time.process_time()
-    with pytest.raises(ModelError) as caught:
-        read_header(path)
-    assert time.process_time() - begin < 1
-    message = str(caught.value)
+    """The one sentence with which the file is refused, after little work and without any folder but its own in it."""
+    errors: list[str] = []
+
+    def attempt() -> None:
+        with pytest.raises(ModelError) as caught:
+            read_header(path)
+        errors.append(str(caught.value))
+
+    with bytes_read(header_module) as seen:
+        lines = lines_run(attempt)
+    assert lines < 1000 and sum(seen) < 200_000
+    (message,) = errors
     assert all(word in message for word in words), message
     assert "\n" not in message and str(path.parent) not in message and len(message) < 700
     return message
@@ -65,7 +71,7 @@ def test_offsets_are_absolute(tmp_path: Path) -> None:
     assert struct.unpack("<4f", data) == (0, 1, 2, 3) and info == TensorInfo("F32", (4,), info.start, info.start + 16)
 
 
-def test_only_the_header_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_header_is_read(tmp_path: Path) -> None:
     """12 GB of nothing, 2,500 tensors: what is read is about as long as the header."""
     each = 2_400_000  # float16 values
     rows = {f"model.diffusion_model.block.{n}.weight": entry("F16", (each,), 2 * each * n, 2 * each * (n + 1)) for n in range(2500)}
@@ -73,18 +79,8 @@ def test_only_the_header_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     start = packed(rows, 0)
     path.write_bytes(start)
     os.truncate(path, len(start) + 2 * each * 2500)
-    seen = []
-
-    class Counted(io.FileIO):
-        def readinto(self, buffer: Any) -> int:
-            seen.append(count := super().readinto(buffer))
-            return count
-
-        def readall(self) -> bytes:
-            raise AssertionError("the whole file was asked for")
-
-    monkeypatch.setattr(header_module, "open", lambda p, mode: io.BufferedReader(Counted(p, "rb")), raising=False)
-    header = read_header(path)
+    with bytes_read(header_module) as seen:
+        header = read_header(path)
     assert len(header.tensors) == 2500 and header.size > 12e9
     assert len(start) <= sum(seen) < len(start) + 100_000
 
@@ -202,12 +198,14 @@ def test_a_file_without_tensors_is_whole(tmp_path: Path) -> None:
     assert read_header(tmp_path / "x.safetensors").tensors == {}
 
 
-def test_a_large_lawful_header_is_still_quick(tmp_path: Path) -> None:
-    rows = {f"{n:06}": entry("U8", (1,), n, n + 1) for n in range(20_000)}
-    (tmp_path / "x.safetensors").write_bytes(packed(rows, 20_000))
-    begin = time.process_time()
-    assert len(read_header(tmp_path / "x.safetensors").tensors) == 20_000
-    assert time.process_time() - begin < 2
+def test_a_large_lawful_header_is_linear_work(tmp_path: Path) -> None:
+    def work(count: int) -> int:
+        rows = {f"{n:06}": entry("U8", (1,), n, n + 1) for n in range(count)}
+        (tmp_path / "x.safetensors").write_bytes(packed(rows, count))
+        assert len(read_header(tmp_path / "x.safetensors").tensors) == count
+        return lines_run(lambda: read_header(tmp_path / "x.safetensors"))
+
+    assert work(8_000) < 8.1 * work(1_000)
 
 
 def survives(path: Path, data: bytes) -> None:
@@ -366,13 +364,17 @@ def test_a_gguf_header_longer_than_is_accepted(tmp_path: Path) -> None:
 
 
 def test_a_gguf_header_of_empty_texts(tmp_path: Path) -> None:
-    """Many empty texts: too many are refused, and the most that are accepted are passed over within a second."""
+    """Many empty texts: too many are refused, and of those that are accepted each is little work."""
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<IIQ", 9, 8, 2**22 - 100))
     os.truncate(path, MAX_GGUF_HEADER)
     refused(path, "4,194,205 texts: at most 1,000,000")
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + text("k") + struct.pack("<IIQ", 9, 8, 999_998))
-    os.truncate(path, MAX_GGUF_HEADER)
-    begin = time.process_time()
-    assert read_header(path).metadata["k"] == "999998 texts"  # the second key is empty, as is its value
-    assert time.process_time() - begin < 1
+
+    def work(count: int) -> int:
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + text("k") + struct.pack("<IIQ", 9, 8, count))
+        os.truncate(path, MAX_GGUF_HEADER)
+        assert read_header(path).metadata["k"] == f"{count} texts"  # the second key is empty, as is its value
+        return lines_run(lambda: read_header(path)) if count < 10_000 else 0
+
+    work(999_998)
+    assert work(8_000) < 8 * work(1_000)
