@@ -14,7 +14,8 @@ import latentgen
 from latentgen.errors import RequestError
 from latentgen.models.fast import onednn
 from latentgen.models.fast.attention import Attending, all_heads, attend, in_blocks, ways
-from latentgen.models.fast.layers import DoublingConv2d, Kernel, PackedConv2d, PackedLinear, doubles, doubling, pack, plus
+from latentgen.models.fast.blocks import FastGroupNorm, activated
+from latentgen.models.fast.layers import DoublingConv2d, Kernel, PackedConv2d, PackedLinear, doubles, doubling, pack, plus, shifted
 from latentgen.models.fast.onednn import Window
 from latentgen.models.fast.swap import held_bytes, prepare, swap
 from latentgen.models.heard import readers as words_readers
@@ -139,6 +140,35 @@ def test_a_sum_goes_into_the_product():
     pack(conv)
     assert type(conv) is PackedConv2d
     near(plus(conv, x, y), plain)
+
+
+@packed_here
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_for_all_places_goes_into_the_convolution(bias):
+    x, conv = picture(2, 8, 6, 6), nn.Conv2d(8, 12, 3, padding=1, bias=bias)
+    one, two = dice(1, 12, seed=1), dice(2, 12, seed=2)
+    wanted = [conv(x) + rows[:, :, None, None] for rows in (one, two)]
+    near(shifted(conv, x, one), wanted[0])
+    pack(conv)
+    for rows, plain in zip((one, two), wanted, strict=True):
+        near(shifted(conv, x, rows), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("groups", "each", "side"), [(16, 6, 16), (32, 10, 8), (16, 3, 31), (16, 6, 32), (8, 16, 8)])
+def test_group_norm_is_as_near_to_the_truth_as_pytorchs(groups, each, side):
+    """In float32 where bfloat16 is slow, else, and in another layout, PyTorch's own, bit for bit."""
+    norm = nn.GroupNorm(groups, groups * each).bfloat16()
+    norm.weight.copy_(dice(groups * each, seed=1)), norm.bias.copy_(dice(groups * each, seed=2))
+    x = picture(2, groups * each, side, side, dtype=torch.bfloat16) * 3 + 1
+    plain, packed, truth = norm(x), norm(x.contiguous()), F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double())
+    swap(norm)
+    assert type(norm) is FastGroupNorm
+    for made, bf16, exact in ((norm(x), plain, truth), (activated(norm, x), F.silu(plain), F.silu(truth))):
+        assert made.dtype == bf16.dtype and made.is_contiguous(memory_format=torch.channels_last)
+        assert (made.double() - exact).norm() <= (bf16.double() - exact).norm()
+    assert torch.equal(activated(norm, x), F.silu(plain)) == (side == 32 or each == 16) and torch.equal(norm(x.contiguous()), packed)
 
 
 # attention

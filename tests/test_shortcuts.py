@@ -10,7 +10,7 @@ from latentgen.errors import ModelError
 from latentgen.models.asked import Asked
 from latentgen.models.elsewhere import Elsewhere
 from latentgen.models.family import Conditioning
-from latentgen.models.modulation import find_modulations, modulated, modulation_names, tables
+from latentgen.models.modulation import Known, find_modulations, modulated, modulation_names, tables
 from latentgen.models.shared import Once, before_words
 from latentgen.run import work
 from latentgen.run.batch import joined, repeated
@@ -73,7 +73,7 @@ def test_each_modulation_is_evaluated_once_for_all_levels(load, kind):
     assert len(found.heads) == HEADS[kind]
     rows = []
     hooks = [head.register_forward_hook(lambda m, args, out: rows.append(len(out))) for head in found.heads.values()]
-    embedder = getattr(net, found.embedder)
+    embedder = getattr(net, found.end)
     times = []
     hooks.append(embedder.register_forward_hook(lambda m, args, out: times.append(1)))
     made = make(pipe, kind)
@@ -97,6 +97,37 @@ def test_a_weaker_network_reads_the_same_table(load, monkeypatch):
     assert rows == [3 * 2] * len(found.heads)
     plainly(monkeypatch)
     assert (made.latents - pipe.txt2img("a red heart", **said).latents).abs().max() <= 1e-5 * made.latents.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "told"), [("sd15", 3), ("sd21", 3), ("sdxl", 6)])
+def test_what_residual_blocks_are_told_is_evaluated_once_for_all_levels(load, kind, told):
+    """The time alone, where nothing is added to it: one answer for both sides. Of SDXL's sides each has its own."""
+    pipe = load(kind)
+    net = network_of(pipe)
+    found = find_modulations(net)
+    assert len(found.heads) == sum(name.endswith(".time_emb_proj") for name, _ in net.named_modules()) > 0
+    rows, times = [], []
+    hooks = [head.register_forward_hook(lambda m, args, out: rows.append(len(out))) for head in found.heads.values()]
+    hooks.append(net.time_embedding.register_forward_hook(lambda m, args, out: times.append(len(out))))
+    made = make(pipe, kind)
+    for hook in hooks:
+        hook.remove()
+    assert made.plan.batching != "off" and rows == [told] * len(found.heads)
+    assert found.timed == (times == [1] * 3)
+    assert torch.equal(make(pipe, kind).latents, made.latents)
+
+
+def test_a_part_of_the_rows_is_told_what_all_are():
+    asked, inner, row = Asked(), torch.nn.Linear(3, 2), torch.randn(1, 2)
+    a, b = (Conditioning(torch.zeros(1, 2, 2)) for _ in range(2))
+    asked.tell(Level(1.0, 0.0, 5.0), joined([repeated(a, 1), repeated(b, 1)]))
+    known = Known(inner, asked, {(5.0, a): row, (5.0, b): row})
+    assert known.same is row and torch.equal(known(torch.zeros(1, 3)), row) and torch.equal(known(torch.zeros(2, 3)), row.expand(2, 2))
+    known.table[5.0, b] = 2 * row
+    assert known.same is None and torch.equal(known(torch.zeros(2, 3)), torch.cat([row, 2 * row]))
+    del known.table[5.0, b]
+    x = torch.randn(2, 3)
+    assert known.same is None and torch.equal(known(x), inner(x))
 
 
 def test_the_weights_of_modulations_are_about_a_quarter():
@@ -184,7 +215,7 @@ def test_rows_in_another_order_are_not_taken_for_sides():
     assert torch.equal(Once(inner, asked)(x), inner(x))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, count in HEADS.items() if count])
+@pytest.mark.parametrize("kind", [*(kind for kind, count in HEADS.items() if count), *UNETS])
 def test_by_stage_the_weights_of_modulations_stay_in_their_file(kind, tmp_path):
     """The picture is the resident one's, bit for bit; an adaptive sampler, which asks about levels that nobody foresaw, is answered too."""
     folder = tiny(kind).save(tmp_path / kind)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentgen.models.view import view
+from latentgen.models.view import replaced, view
 
 
 @pytest.fixture
@@ -44,6 +44,24 @@ def test_a_copy_may_be_changed(net):
         return None
 
     other = view(net, swap)
+    assert other[3].eps == 1.0 and net[3].eps == 1e-5
+
+
+def test_where_places_are_named_only_what_is_above_them_is_copied(net):
+    x = torch.randn(3, 4)
+    before = net(x)
+    other = replaced(net, {"1.1"}, lambda name, own: nn.Identity())
+    assert other is not net and other[1] is not net[1] and type(other[1][1]) is nn.Identity and type(net[1][1]) is nn.ReLU
+    assert other[0] is net[0] and other[1][0] is net[1][0] and other[3] is net[3]
+    assert torch.equal(other(x), net[3](net[2](net[1][0](net[0](x))))) and torch.equal(net(x), before)
+
+
+def test_a_named_place_is_given_a_copy_of_its_own(net):
+    def changed(name, own):
+        own.eps = 1.0
+        return own
+
+    other = replaced(net, {"3"}, changed)
     assert other[3].eps == 1.0 and net[3].eps == 1e-5
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from latentgen.models.asked import Asked
 from latentgen.models.family import Conditioning
-from latentgen.models.view import view
+from latentgen.models.view import replaced
 
 class Heard(nn.Module):
     """Stands for a linear that reads the words; keeps its answer for each batch of conditionings of the run."""
@@ -42,4 +42,4 @@ def readers(net: nn.Module) -> Iterator[str]:
 def heard(net: nn.Module, asked: Asked) -> nn.Module:
     """A view of a network that reads the words once; itself where it has no cross-attention."""
     names = frozenset(readers(net))
-    return view(net, lambda name, module: Heard(module, asked) if name in names else None) if names else net
+    return replaced(net, names, lambda name, module: Heard(module, asked)) if names else net

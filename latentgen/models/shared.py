@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.models.asked import Asked
-from latentgen.models.view import StandIn, view
+from latentgen.models.view import StandIn, replaced
 
 FIRST = ("conv_in", "x_embedder", "img_in", "pos_embed")
 
@@ -72,4 +72,4 @@ def before_words(net: nn.Module) -> Iterator[str]:
 def shared(net: nn.Module, asked: Asked) -> nn.Module:
     """A view of a network that computes what comes before the words once for all sides of guidance."""
     names = frozenset(before_words(net))
-    return view(net, lambda name, module: Once(module, asked) if name in names else None) if names else net
+    return replaced(net, names, lambda name, module: Once(module, asked)) if names else net

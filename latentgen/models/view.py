@@ -6,7 +6,7 @@ Knows modules. Knows no family, request or device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -22,17 +22,32 @@ def view(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None
         replace: (dotted name, module) -> what stands there in the view, or None for the same module (of which the children are then asked).
             It may change the shallow copy it is given, for that belongs to the view alone, and return it.
     """
-    return _viewed("", module, replace, {})
+    return _viewed("", module, replace, {}, None)
 
 
-def _viewed(name: str, old: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None], made: dict[int, nn.Module]) -> nn.Module:
+def replaced(module: nn.Module, names: Collection[str], make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """A view in which other modules stand in some places. What has none of them below it stands in the view itself: so it costs next to nothing.
+
+    Args:
+        names: dotted names of the places.
+        make: (dotted name, shallow copy of the module there) -> what stands there in the view.
+    """
+    above = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+    return _viewed("", module, lambda name, own: make(name, own) if name in names else None, {}, above | {"", *names})
+
+
+def _viewed(name: str, old: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None], made: dict[int, nn.Module],
+            asked: Collection[str] | None) -> nn.Module:
     """A function of the file, for one inside `view` would call itself by a name that holds all it made: a view would not go with its last user.
 
     Args:
         made: id of a module -> what stands for it: a module that stands in two places stands in both places of the view.
+        asked: names of the modules that are copied, None for all.
     """
     if id(old) in made:
         return made[id(old)]
+    if asked is not None and name not in asked:
+        return old
     own = copy.copy(old)
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(own, table, dict(getattr(old, table)))
@@ -43,7 +58,7 @@ def _viewed(name: str, old: nn.Module, replace: Callable[[str, nn.Module], nn.Mo
         new = own
         for key, child in own._modules.items():
             if child is not None:
-                own._modules[key] = _viewed(f"{name}.{key}" if name else key, child, replace, made)
+                own._modules[key] = _viewed(f"{name}.{key}" if name else key, child, replace, made, asked)
     made[id(old)] = new
     return new
 
@@ -89,4 +104,4 @@ class _End(StandIn):
 
 def ending(module: nn.Module, at: str, answer: Callable[..., Any]) -> nn.Module:
     """A view whose every call ends where the child `at` is called: it raises `Ended(answer(that child, its arguments))`."""
-    return view(module, lambda name, child: _End(child, answer) if name == at else None)
+    return replaced(module, {at}, lambda name, child: _End(child, answer))

@@ -94,7 +94,7 @@ class Residency:
     def _take(self, part: Part, key: Key, policy: str) -> nn.Module:
         _, dtype, streamed = key
         with self._lock:
-            if key not in self._here:
+            if fresh := key not in self._here:
                 leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
                 later = None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype)
                 self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later,
@@ -103,7 +103,7 @@ class Residency:
                                             quantise=self.quantise if QUANTISED & {*part.stages} else None)
                 if not streamed:  # streamed weights come and go as they lie in their file
                     self._here[key] = prepare(self._here[key], speed=self.speed, device=self.device)
-            if not self._users.get(key):
+            if not self._users.get(key) and (fresh or self.device.type != "cpu"):  # what never left a CPU need not be looked through
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1
             return on_lane(self._here[key], Lane(self.device)) if streamed else self._here[key]

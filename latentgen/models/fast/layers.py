@@ -121,6 +121,11 @@ class PackedConv2d(nn.Conv2d):
         x, packed, at = self._given(x)
         return onednn.convolution_plus(x, other, packed, self.bias, at, act="relu" if self.act == "relu" else "none")
 
+    def shifted(self, x: Tensor, row: Tensor) -> Tensor:
+        """The same, before the activation plus row (1, out) everywhere."""
+        x, packed, at = self._given(x)
+        return onednn.convolution(x, packed, row[0] if self.bias is None else self.bias + row[0], at, act=self.act)
+
 
 def packable(module: nn.Module) -> bool:
     """Whether it is of a kind that can be packed: a plain linear, or a convolution of one group."""
@@ -154,6 +159,13 @@ def halves(linear: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
 def plus(module: nn.Module, x: Tensor, other: Tensor) -> Tensor:
     """module(x) + other, in one pass where the module can."""
     return module.plus(x, other) if isinstance(module, (PackedLinear, PackedConv2d)) else torch.add(module(x), other)
+
+
+def shifted(module: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+    """module(x) + rows (B, c) at every place; in the convolution's own pass where it is one row."""
+    if len(rows) == 1 and type(module) is PackedConv2d:
+        return module.shifted(x, rows)
+    return module(x).add_(rows[:, :, None, None])
 
 
 class DoublingConv2d(PackedConv2d):
