@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from latentgen.importing import uncollected
+
 if TYPE_CHECKING:
     from latentgen.models.card import cards
     from latentgen.models.clip import clip_guidance
@@ -47,7 +49,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'latentgen' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    with uncollected():
+        value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

@@ -13,7 +13,7 @@ import latentgen.pipelines
 
 ROOT = Path(latentgen.__file__).parent
 PIPELINES = Path(latentgen.pipelines.__file__).parent
-FLOORS = ["errors", "diffusion", "conditioning pixels", "models", "run", "cli notebook terminal serve jobs evaluate bench train __main__"]
+FLOORS = ["errors importing", "diffusion", "conditioning pixels", "models", "run", "cli notebook terminal serve jobs evaluate bench train __main__"]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 ENGINE = ("diffusion", "conditioning", "pixels", "models", "run")
 SURFACES = tuple(FLOORS[-1].split())

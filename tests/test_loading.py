@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torch import nn
 
 import latentgen
 from latentgen.errors import ModelError
+from latentgen.importing import uncollected
 from latentgen.models import cast
 from latentgen.models.cast import NotFinite, check_finite, recast
 from latentgen.models.convert import LazyTensors
@@ -280,3 +282,23 @@ def test_loading_draws_no_random_number_and_gives_what_the_files_hold(kind: str,
         assert not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
         assert all(torch.equal(tensor, stored[name]) for name, tensor in module.state_dict().items() if name in stored)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_collector_waits_for_imports_and_no_longer() -> None:
+    assert gc.isenabled()
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        with uncollected():  # in another thread, say
+            pass
+        assert not gc.isenabled()
+        made = [[] for _ in range(1000)]
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+    assert {id(one) for one in made} <= {id(one) for one in gc.get_objects(generation=2)}
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled(), "the program's own choice"
+    finally:
+        gc.enable()

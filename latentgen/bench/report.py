@@ -64,9 +64,12 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield (about if side == OURS else "", side, "" if step is None else f"{step:.2f} s", f"{said['call']:.2f} s",
                "" if ratio is None else f"{ratio:.2f} times as long")
     for side, said in case.get("loading", {}).items():
-        ratios = "" if side == OURS else f"{case['ratios'].get('seconds', 0):.2f} times as long"
+        ratios = case["ratios"]
         memory = f"{said.get('loaded_mb', 0)} MB loaded, {said.get('running_mb', 0)} MB at most"
-        yield about if side == OURS else "", side, "", f"{said.get('seconds', 0):.2f} s; {memory}", ratios
+        first = f", first picture after {said['picture']:.2f} s" if "picture" in said else ""
+        picture = f", {ratios['picture']:.2f} times to the picture" if "picture" in ratios else ""
+        longer = "" if side == OURS else f"{ratios.get('seconds', 0):.2f} times as long{picture}"
+        yield about if side == OURS else "", side, "", f"{said.get('seconds', 0):.2f} s{first}; {memory}", longer
     if "limit" in case:
         said = case["limit"]
         yield ("", f"{said['tflop']:g} TFLOP at {said['gflops_a_second']} GFLOP/s, this machine's fastest bf16 product", "",

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from latentgen.cli.together import joined
 from latentgen.errors import RequestError
+from latentgen.importing import uncollected
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline
@@ -210,7 +211,8 @@ def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
     Raises:
         RequestError: a --part without a name, or a command of one process that torchrun started. ModelError: see `latentgen.load`.
     """
-    from latentgen.run.pipeline import load
+    with uncollected():
+        from latentgen.run.pipeline import load
 
     way, parts = joined(said), {}
     for text in said.pop("part") or ():

@@ -39,6 +39,7 @@ from latentgen.cli.options import (
 )
 from latentgen.cli.together import speaks
 from latentgen.errors import OutputError, RequestError
+from latentgen.importing import uncollected
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -239,7 +240,8 @@ def check_output(output: Path | None, quality: int | None, *, strict: bool) -> i
     Raises:
         RequestError: a suffix or quality that cannot be honoured. OutputError: a folder that is missing or cannot be written.
     """
-    from latentgen.pixels.save import SUFFIXES, ending
+    with uncollected():
+        from latentgen.pixels.save import SUFFIXES, ending
 
     into_folder = output is None or os.path.isdir(output)
     if not into_folder and output.suffix.lower() not in SUFFIXES:

@@ -18,6 +18,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import ModelError
+from latentgen.importing import uncollected
 from latentgen.models.family import Config, Part
 from latentgen.models.files import check_config, header_of
 from latentgen.models.header import Header
@@ -115,7 +116,8 @@ def part_class(declared: str) -> type:
         ModelError: another library, or no network of that name in this version of it.
     """
     library, _, name = declared.partition(".")
-    found = getattr(import_module(library), name, None) if library in LIBRARIES else None
+    with uncollected():
+        found = getattr(import_module(library), name, None) if library in LIBRARIES else None
     if not isinstance(found, type):
         raise ModelError(f"{declared!r} is not a class that parts may have: expected one of {' or '.join(LIBRARIES)}, "
                          "so install a version that has it")

@@ -202,10 +202,14 @@ def doubling(conv: nn.Conv2d) -> DoublingConv2d:
 
 
 def _summed(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) -> (4 out, in, 2, 2): for each kind of output its own 2x2 kernel."""
-    first, middle, last = weight.float().unbind(2)
-    rows = ((first, middle + last), (first + middle, last))  # the two taps of even and of odd rows
-    taps = [torch.stack([torch.stack((tap[..., 0], tap[..., 1] + tap[..., 2]) if even else (tap[..., 0] + tap[..., 1], tap[..., 2]), -1)
-                         for tap in row], -2)
-            for row in rows for even in (True, False)]
-    return torch.cat(taps).to(weight.dtype)
+    """(out, in, 3, 3) -> (4 out, in, 2, 2), channels-last: for each kind of output its own 2x2 kernel."""
+    first, middle, last = ([weight[:, :, row, column].float() for column in range(3)] for row in range(3))
+    below, above = ([a + b for a, b in zip(*pair, strict=True)] for pair in ((middle, last), (first, middle)))
+    made = torch.empty(4 * len(weight), weight.shape[1], 2, 2, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+    kinds = made.split(len(weight))
+    for row, pair in enumerate(((first, below), (above, last))):  # the two taps of even and of odd rows, then of columns
+        for tap, (left, centre, right) in enumerate(pair):
+            for column, two in enumerate(((left, centre + right), (left + centre, right))):
+                for place, value in enumerate(two):
+                    kinds[2 * row + column][:, :, tap, place] = value
+    return made
