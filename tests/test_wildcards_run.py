@@ -182,13 +182,33 @@ def test_notes(pipe, lists: Path) -> None:
 
 
 def test_a_run_that_is_kept(pipe, lists: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="save_state is given but wildcards draw different texts"):
-        pipe.txt2img(SAID, seed=3, batch=4, wildcards=lists, steps=2, save_state=tmp_path / "run.state")
     whole = pipe.txt2img(SAID, seed=3, wildcards=lists, steps=2)
     run = pipe.stream(SAID, seed=3, wildcards=lists, steps=2, save_state=tmp_path / "run.state", save_every=1)
     next(iter(run))
     run.close()
     assert pipe.resume(tmp_path / "run.state").image.tobytes() == whole.image.tobytes()
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": [3, 4, 5], "variation_seed": 5, "variation_strength": 0.3}, {"seed": [9, 2, 7]}, {"guiders": ["apg", "pag"]},
+                                  {"image": Image.new("RGB", (64, 64), "teal"), "strength": 0.7, "upscale": 1.5}], ids=lambda more: "-".join(more))
+def test_a_batch_of_different_texts_that_is_kept(pipe, lists: Path, tmp_path: Path, more: dict) -> None:
+    said = {"seed": 3, "batch": 3, "wildcards": lists, "steps": 3, "negative_prompt": "{dark|grey|old}"} | more
+    said = said if isinstance(said["seed"], int) else {name: value for name, value in said.items() if name != "batch"}
+    whole = pipe.txt2img(SAID, **said) if "image" not in more else pipe.img2img(SAID, **said)
+    assert len(whole.plan.pictures) == 3 and len({plan.prompt.text for plan in whole.plan.pictures}) > 1
+    run = pipe.stream(SAID, **said, save_state=tmp_path / "run.state", save_every=1)
+    next(iter(run))
+    run.close()
+    resumed = pipe.resume(tmp_path / "run.state")
+    assert [image.tobytes() for image in resumed.images] == [image.tobytes() for image in whole.images]
+    assert resumed.seeds == whole.seeds and [one.prompt.text for one in resumed.plan.pictures] == [one.prompt.text for one in whole.plan.pictures]
+    assert not [note for note in resumed.notes if "differ" in note]
+
+
+def test_latents_of_different_texts_are_not_kept(pipe, lists: Path, tmp_path: Path) -> None:
+    latents = pipe.txt2img(SAID, seed=3, batch=2, steps=2, denoising_end=0.5).latents
+    with pytest.raises(RequestError, match="different texts for the latents of this batch"):
+        pipe.txt2img(SAID, seed=3, batch=2, steps=2, wildcards=lists, latents=latents, denoising_start=0.5, save_state=tmp_path / "run.state")
 
 
 def test_explain_shows_what_is_drawn(pipe, lists: Path) -> None:

@@ -6,7 +6,7 @@ Knows requests, the tables of names, a file of styles and a folder of word lists
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +46,19 @@ def planned(request: Request, family: Family, tokenizers: Mapping[str, Tokens], 
     notes += [note for plan in plans for note in plan.notes]
     if len(plans) == 1:
         return plans[0] if tuple(notes) == plans[0].notes else replace(plans[0], notes=tuple(dict.fromkeys(notes)))
+    return together(plans, now, family, notes)
+
+
+def together(plans: Sequence[Plan], request: Request, family: Family, notes: Sequence[str]) -> Plan:
+    """One plan for pictures with a plan each, whose texts differ.
+
+    Args:
+        request: for all of them, with the seeds of all.
+    """
     plans = [_sharing(plan, plans[0]) for plan in plans]
     passes = max(plans, key=lambda plan: plan.evaluations).passes
-    return replace(plans[0], request=now, noise=seeds_of(now, family.latent, lambda problem: None), rows=1, passes=passes,
-                   notes=tuple(dict.fromkeys(notes)),
-                   origin={}, pictures=tuple(plans))
+    return replace(plans[0], request=request, noise=seeds_of(request, family.latent, lambda problem: None), rows=1, passes=passes,
+                   notes=tuple(dict.fromkeys(notes)), origin={}, pictures=tuple(plans))
 
 
 def explained(request: Request, family: Family, tokenizers: Mapping[str, Tokens]) -> Explanation:

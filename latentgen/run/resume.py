@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
-from latentgen.run.recipe import make_recipe, speed_of
+from latentgen.run.meaning import together
+from latentgen.run.recipe import Recipe, make_recipe, speed_of
 from latentgen.run.state import Keeper, State, begun, checked_every, checked_path, read_state
 
 if TYPE_CHECKING:
@@ -63,14 +64,14 @@ def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Kee
     """What keeps the state of a run of this plan in a file.
 
     Raises:
-        RequestError: the plan leaves things out that a network remembers from step to step, which no file keeps, or wildcards gave its pictures
-            different texts, which no one request says. And see `begun`.
+        RequestError: the plan leaves things out that a network remembers from step to step, which no file keeps, or its pictures have different
+            texts and latents each of their own. And see `begun`.
     """
     if plan.approximate:
         raise RequestError(f"save_state is given with approximate ({', '.join(plan.approximate)}), whose memory of earlier steps cannot be kept: "
                            "leave one of them out")
-    if plan.pictures:
-        raise RequestError("save_state is given but wildcards draw different texts for the pictures of this batch: make them one by one, "
+    if plan.pictures and plan.request.latents is not None:
+        raise RequestError("save_state is given but wildcards draw different texts for the latents of this batch: make them one by one, "
                            "or leave it out")
     return Keeper(begun(path, plan.request, every=every, total=plan.steps), lambda: make_recipe(plan, pipe.checkpoint.digest, ()))
 
@@ -81,7 +82,19 @@ def resumed(pipe: Pipeline, state: State, path: str | Path | None, every: int | 
     Raises:
         RequestError: the pipeline is another one, or the file was altered.
     """
-    plan = pipe.plan(state.request())
+    plan = _planned(pipe, state)
     notes = state.check(make_recipe(plan, pipe.checkpoint.digest, ()))
     state = replace(state, every=checked_every(state.every if every is None else every), path=state.path if path is None else checked_path(path))
     return replace(plan, notes=(*plan.notes, *notes)), Keeper(state, lambda: state.recipe)
+
+
+def _planned(pipe: Pipeline, state: State) -> Plan:
+    """The plan of a state's recipe: of one request, or of pictures with texts of their own."""
+    cells = Recipe(state.recipe).cells
+    if not cells:
+        return pipe.plan(state.request())
+    plans = [pipe.plan(cell.request(**state.pictures)) for cell in cells]
+    noise = [plan.noise for plan in plans]
+    varied = tuple(seed for one in noise for seed in one.variations) or None
+    whole = plans[0].request.replace(batch=len(plans), seed=tuple(seed for one in noise for seed in one.own), variation_seed=varied)
+    return together(plans, whole, pipe.family, [note for plan in plans for note in plan.notes])
