@@ -183,6 +183,8 @@ MACHINE: Group = (
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
     _option(_M, "quantise", str | None, "--quantise", "int8, fp8, int4: weights of text encoders and denoiser in so many bits; stored: "
                                                       "packed as a GGUF or fp8 file has them.", metavar="NAME"),
+    _option(_M, "attention", str | None, "--attention", "On a CUDA device: flash, cudnn, efficient, math, or measured (the fastest, kept). "
+                                                        "Default: torch chooses.", metavar="NAME"),
     _option(_M, "tuned", bool, "--tuned", "Take the approximations that `latentgen tune` found for this model here; the notes say which.",
             default=False),
     _option(_M, "memory", str | None, "--memory", "Plan for this much memory on the device, as 8GB, or auto for what is free: placement, "
@@ -221,7 +223,8 @@ def opened(said: dict[str, Any], *, progress: bool | None) -> Pipeline:
             raise RequestError(f"--part is {text!r}: expected NAME=FILE, as vae=my-vae.safetensors")
         parts[name] = path
     machine = {name: said.pop(name)
-               for name in ("device", "dtype", "residency", "speed", "compile", "card", "config", "allow_pickle", "quantise", "tuned", "memory")}
+               for name in ("device", "dtype", "residency", "speed", "compile", "card", "config", "allow_pickle", "quantise", "attention",
+                            "tuned", "memory")}
     return load(said.pop("model"), progress=progress, parallel=way, **machine, **parts)
 
 

@@ -161,6 +161,7 @@ def _as_it_was(said: dict[str, Any], found: Recipe | Foreign) -> dict[str, Any]:
     said["dtype"] = said["dtype"] or (data.get("dtype") if data.get("dtype") in ("float32", "bfloat16", "float16") else "auto")
     own = speed_of(data) if data else {"speed": "exact", "compile": False}
     said["speed"], said["compile"] = said["speed"] or own["speed"], said["compile"] or (said["speed"] is None and own["compile"])
+    said["attention"] = said["attention"] or own.get("attention")
     said["device"] = said["device"] or ("cpu" if data.get("device") == "cpu" else "auto")
     return said
 

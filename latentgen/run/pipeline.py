@@ -5,7 +5,7 @@ All state of a call lives in the call, so one pipeline may serve many threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from copy import copy
@@ -26,6 +26,7 @@ from latentgen.models.context import check_context
 from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
+from latentgen.run.attention import attention_of
 from latentgen.run.budget import fitted, memory_bytes
 from latentgen.run.forecast import forecast
 from latentgen.run.ladder import enduring
@@ -54,8 +55,8 @@ OnStep = Callable[[Step], None]
 
 def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: str = "auto", residency: str = "resident", speed: str = "exact",
          compile: bool = False, progress: bool | None = None, card: str | None = None, config: str | Path | None = None, allow_pickle: bool = False,
-         quantise: str | None = None, tuned: bool = False, memory: str | int | None = None, parallel: str | None = None,
-         **parts: str | Path) -> Pipeline:
+         quantise: str | None = None, attention: str | Mapping[str, str] | None = None, tuned: bool = False, memory: str | int | None = None,
+         parallel: str | None = None, **parts: str | Path) -> Pipeline:
     """Open a model. Reads its card, configs and headers; weights load when a stage first needs them.
 
     Args:
@@ -74,6 +75,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
         quantise: "int8", "fp8" or "int4" holds the weights of text encoders and denoiser in so many bits: less memory, a little slower, another
             picture of the same kind (docs/approximate.md). "stored" leaves packed what a GGUF or fp8 file has packed: the picture is the same.
+        attention: on a CUDA device, the kernel that computes it: "flash", "cudnn", "efficient" or "math", "measured" for the fastest of each kind of
+            shapes (measured once, then kept), or a table as recipes hold it; None leaves the choice to PyTorch.
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
         memory: "8GB", a number of bytes, or "auto" for what is free: every plan is made to fit it, see `Pipeline.plan`.
         parallel: "cfg" or "context" where several processes, each of which loads the model so, make every picture together: they share the
@@ -96,9 +99,10 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
     chosen = choose_dtype(dtype, place)
     with download_bar(progress) as report:
         checkpoint = open_checkpoint(source, card=card, config=config, parts=parts, allow_pickle=allow_pickle, report=report)
+    table = attention_of(attention, place, chosen, alone=not compile and parallel != "context")
     group = None if parallel is None else join_group(parallel, place)
     made = Pipeline(checkpoint, device=place, dtype=chosen, residency=residency, speed=COMPILED if compile else speed,
-                    quantise=quantise, progress=progress, memory=memory, group=group)
+                    quantise=quantise, attention=table, progress=progress, memory=memory, group=group)
     if parallel == "context":
         if made._machine.speed != "plain" or residency in STREAMING:
             raise RequestError("parallel is 'context', which parts networks as they are: pass speed='plain' and residency='resident' or 'stage'")
@@ -110,19 +114,20 @@ class Pipeline:
     """A model ready to make pictures: `txt2img`, `img2img`, `inpaint`, `outpaint`, `edit`, or `plan` and `stream` with a `Request`."""
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, residency: str = "resident", speed: str = "exact",
-                 quantise: str | None = None, progress: bool | None = None, memory: str | int | None = None,
-                 group: Group | None = None) -> None:
+                 quantise: str | None = None, attention: Mapping[str, str] | None = None, progress: bool | None = None,
+                 memory: str | int | None = None, group: Group | None = None) -> None:
         self.checkpoint = checkpoint
         self.card = checkpoint.card
         self.family = checkpoint.family
-        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, speed=speed, quantise=quantise)
+        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, speed=speed, quantise=quantise, attention=attention)
         self.progress, self.memory = progress, memory
         if memory is not None:
             memory_bytes(memory, device)
         self._memo, self._group = Memo(), group
         weights = {stage: checkpoint.weight_bytes(stage, dtype=dtype) for stage in ("text", "denoiser", "decoder")}
         self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes,
-                                self._layers, quantise=quantise, parallel=None if group is None else group.parallel)
+                                self._layers, quantise=quantise, attention=attention or {},
+                                parallel=None if group is None else group.parallel)
 
     def _layers(self, guider: str, said: Any) -> tuple[list[str], str]:
         """See `latentgen.models.weaken.chosen` and `broad`."""
@@ -286,7 +291,7 @@ class Pipeline:
             return self.plan(request, **options)
         _alone("a finished plan", options)
         own = self._machine
-        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.speed, m.weights, m.parallel) for m in (request, own))
+        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.attention, m.speed, m.weights, m.parallel) for m in (request, own))
         if theirs != ours:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return request

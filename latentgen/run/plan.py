@@ -59,6 +59,7 @@ class Plan:
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
         quantise: how weights are held where it is not as the networks compute with them: "int8", "fp8", "int4", or "stored" for as the file has them.
+        attention: kinds of shapes -> attention kernel, where PyTorch does not choose; see `latentgen.models.fast.kernels`.
         parallel: how several processes make it together, where they do.
         weights: bytes of weights per stage, from the files' headers.
         origin: the texts as they were said, the styles and what was drawn, where styles and wildcards made the request's texts of them.
@@ -96,6 +97,7 @@ class Plan:
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parallel: Parallel | None = None
     quantise: str | None = None
+    attention: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict)
     foresee: Callable[[Plan], Forecast] | None = field(default=None, repr=False, compare=False)
@@ -204,6 +206,8 @@ class Plan:
         fields = type(self.request).model_fields
         if told := [f"{name} {value}" for name in TOLD if (value := getattr(self.request, name)) != fields[name].default]:
             rows["told"] = ", ".join(told)
+        if self.attention:
+            rows["attention"] = ", ".join(f"{kind} {kernel}" for kind, kernel in self.attention.items())
         if self.guiders:
             rows["guiders"] = in_words(self.guiders)
         if self.approximate:
@@ -226,6 +230,7 @@ class Machine:
         `latentgen.models.weaken.chosen` and `broad`.
     tuned: what requests do that say no approximation of their own.
     quantise: how weights are held, None as they are.
+    attention: kinds of shapes -> attention kernel, where PyTorch does not choose.
     parallel: how several processes make each picture together.
     """
 
@@ -240,6 +245,7 @@ class Machine:
     tuned: Tuned | None = None
     parallel: Parallel | None = None
     quantise: str | None = None
+    attention: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
@@ -319,4 +325,5 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, speed=machine.speed, weights=machine.weights,
-        notes=tuple(notes), approximate=approximate, parallel=machine.parallel, quantise=machine.quantise, references=references)
+        notes=tuple(notes), approximate=approximate, parallel=machine.parallel, quantise=machine.quantise, attention=machine.attention,
+        references=references)

@@ -130,16 +130,18 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
             recipe["mask_sha256"] = hashlib.sha256(plan.source.mask.numpy().tobytes()).hexdigest()
     levels = " ".join(f"{level.alpha:.9g},{level.sigma:.9g}" for one in plan.passes for level in one.levels)
     recipe |= {"levels_sha256": hashlib.sha256(levels.encode()).hexdigest()[:16]} | ({"rows": plan.rows} if plan.rows > 1 else {})
-    recipe |= {"quantise": plan.quantise} if plan.quantise else {}
+    recipe |= ({"quantise": plan.quantise} if plan.quantise else {}) | ({"attention": dict(plan.attention)} if plan.attention else {})
     if plan.speed == "exact" and plan.dtype == "bfloat16" and plan.residency in ("stream", "disk"):
         recipe["residency"] = plan.residency  # streamed blocks are plain, so that the last bits may be others
     return recipe | {"dtype": plan.dtype, "speed": plan.speed, "device": plan.device.split(":")[0], "versions": _versions(plan), "notes": list(notes)}
 
 
 def speed_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """`speed` and `compile` of a recipe, as `load` takes them. The first recipes name none: their networks were plain."""
+    """`speed` and `compile` of a recipe, and where there is a CUDA device `attention`, as `load` takes them.
+    The first recipes name no speed: their networks were plain."""
     said = recipe.get("speed", "plain")
-    return {"speed": said if said in SPEEDS else "exact", "compile": said == "compiled"}
+    return {"speed": said if said in SPEEDS else "exact", "compile": said == "compiled"} | (
+        {"attention": recipe["attention"]} if recipe.get("attention") and torch.cuda.is_available() else {})
 
 
 def joined_recipe(recipes: Sequence[Mapping[str, Any]], **about: Any) -> dict[str, Any]:

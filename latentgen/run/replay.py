@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PASSED = ("notes", "versions", "pixels_sha256", "batch", "model", "template", "styled_with", "drawn",
            *(f"{name}_sha256" for name in PICTURES))  # compared one by one, or of no weight
-_UNSAID = {"rows": None, "quantise": None, "residency": None, "speed": "plain"}  # what it means that a recipe does not tell them
+_UNSAID = {"rows": None, "quantise": None, "attention": None, "residency": None, "speed": "plain"}  # what it means that a recipe does not tell them
 _NAMES = {"weights": "the weights", "levels_sha256": "the noise levels", "rows": "pictures per network call", "kernels": "the processor's kernels"}
 
 

@@ -89,7 +89,8 @@ _NOT_YET = ("lora", "loras", "lora_weights", "lora_scale", "lora_path", "control
 _LOAD = "it is of the model, so pass it to latentgen.load(...)"
 _RUNS = "it belongs to the calls that make pictures of one request, and to `stream`, so leave it out here"
 _WORDS = "texts are encoded here, so pass prompt and negative_prompt"
-ELSEWHERE = dict.fromkeys(("device", "dtype", "torch_dtype", "quantise", "quantize", "tuned", "speed", "compile", "cuda_graphs", "residency", "model",
+ELSEWHERE = dict.fromkeys(("device", "dtype", "torch_dtype", "quantise", "quantize", "tuned", "speed", "compile", "cuda_graphs", "attention",
+                           "attention_backend", "residency", "model",
                            "checkpoint", "vae"), _LOAD) | {
     "memory": "it is of latentgen.load(...) and pipe.plan(...), so pass it there",
     "prompt_embeds": _WORDS, "negative_prompt_embeds": _WORDS, "pooled_prompt_embeds": _WORDS, "negative_pooled_prompt_embeds": _WORDS,

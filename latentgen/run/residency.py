@@ -22,6 +22,7 @@ from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint
 from latentgen.models.family import Part, Stage
 from latentgen.models.fast.graphs import GRAPHS
+from latentgen.models.fast.kernels import Table, attend_by
 from latentgen.models.fast.swap import held_bytes, prepare, promised
 from latentgen.models.load import load_part
 from latentgen.models.modulation import modulation_names
@@ -43,8 +44,9 @@ class Residency:
     """The parts of one checkpoint on one device."""
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, policy: str = "resident", speed: str = "plain",
-                 quantise: str | None = None) -> None:
+                 quantise: str | None = None, attention: Table | None = None) -> None:
         self.checkpoint, self.device, self.dtype, self.policy, self.speed, self.quantise = checkpoint, device, dtype, policy, speed, quantise
+        self.attention = attention or {}
         self._here: dict[Key, nn.Module] = {}
         self._users: dict[Key, int] = {}
         self._lock = Lock()
@@ -103,6 +105,8 @@ class Residency:
                                             quantise=self.quantise if QUANTISED & {*part.stages} else None)
                 if not streamed:  # streamed weights come and go as they lie in their file
                     self._here[key] = prepare(self._here[key], speed=self.speed, device=self.device)
+                if self.attention and part.cls.startswith("diffusers."):
+                    attend_by(self._here[key], self.attention)
             if not self._users.get(key) and (fresh or self.device.type != "cpu"):  # what never left a CPU need not be looked through
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1

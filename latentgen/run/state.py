@@ -43,7 +43,8 @@ KEY, FORMAT = "latentgen_state", 1
 LAST = ".last"  # ends the name of an answer with channels last in memory: sums over it must run in the same order again
 EVERY = 5  # steps between two savings where nothing is said
 SAME = {"weights": "load those weights", "dtype": "load the model with that dtype", "speed": "load the model with that speed",
-        "quantise": "load the model with that", "residency": "load the model with that", "device": "go on there", "rows": "go on there",
+        "quantise": "load the model with that", "attention": "load the model with that",
+        "residency": "load the model with that", "device": "go on there", "rows": "go on there",
         "levels_sha256": "go on with the version of latentgen that began it"}  # what must be as it was, and the cure
 
 

@@ -21,6 +21,7 @@ THREADS = 16  # above, PyTorch's kernel, which gives each thread heads of its ow
 CALM = 100.0  # powers of two that neither overflow nor vanish when 2**20 of them are added up
 NAMES = ("query", "key", "value")
 LOG2_E = math.log2(math.e)
+Way = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]  # (q, k, v, scale) -> what they attend to
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -33,13 +34,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Te
     Returns:
         (B, H, n, d), laid out as (B, n, H, d), so that joining the heads costs no copy.
     """
-    way = ways(q, k)
+    way = ways(q, k, v)
     if way is None:
         return scaled_dot_product_attention(q, k, v, scale=scale)
     return way(q, k, v, scale)
 
 
-def ways(q: Tensor, k: Tensor) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor] | None:
+def ways(q: Tensor, k: Tensor, v: Tensor) -> Way | None:
     """What is faster than PyTorch's kernel for these shapes, if anything is.
 
     Measured on a CPU with AVX512-BF16 and no AMX, one thread: blocks take 0.24 to 0.5 of the kernel's time from 256 x 77 scores and 40 channels of a
@@ -98,7 +99,15 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float, out: T
 
 
 class Attending(TorchFunctionMode):
-    """While it is entered, this thread's calls of `scaled_dot_product_attention` go to `attend` where that can take them."""
+    """While it is entered, this thread's calls of `scaled_dot_product_attention` go to another way where that can take them.
+
+    Args:
+        choose: (q, k, v) -> the way, None for PyTorch's.
+    """
+
+    def __init__(self, choose: Callable[[Tensor, Tensor, Tensor], Way | None] = ways) -> None:
+        super().__init__()
+        self.choose = choose
 
     def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -106,7 +115,7 @@ class Attending(TorchFunctionMode):
         if func is scaled_dot_product_attention and not any(value is not None and value is not False and value != 0.0
                                                             for value in _rest(args, kwargs)):
             q, k, v = (*args[:3], *(kwargs[name] for name in NAMES[len(args):]))
-            if (way := ways(q, k)) is not None:
+            if (way := self.choose(q, k, v)) is not None:
                 return way(q, k, v, kwargs.get("scale"))
         return func(*args, **kwargs)
 

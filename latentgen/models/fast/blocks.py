@@ -19,7 +19,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, silu
 
-from latentgen.models.fast.attention import Attending, attend
+from latentgen.models.fast.attention import Attending, attend, ways
 from latentgen.models.fast.layers import PackedLinear, doubles, doubling, halves, packs, plus, shifted
 from latentgen.models.modulation import Known
 
@@ -273,12 +273,12 @@ BLOCKS: dict[type[nn.Module], Any] = {
 }
 
 
-def attending(processor: Any) -> Any:
-    """A processor of the same kind that computes the same, its attention by `attend`."""
+def attending(processor: Any, *, choose: Any = ways) -> Any:
+    """A processor of the same kind that computes the same, its attention by the way that is chosen for its tensors; see `Attending`."""
     kind = type(processor)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with Attending():
+        with Attending(choose):
             return kind.__call__(self, *args, **kwargs)
 
     call.__wrapped__ = kind.__call__  # diffusers reads the names of its arguments
