@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from latentgen.bench import limit, run
+from latentgen.bench import gpu, limit, run
 from latentgen.bench.processes import loading
 from latentgen.bench.sides import OURS, STOCK, TUNED, Took, ours, theirs
 from latentgen.bench.weights import Architecture, write
@@ -37,10 +37,12 @@ class Case:
     Attributes:
         about: what it is, for people.
         measure: (folder for checkpoints, steps that are run, rounds, threads) -> plain numbers.
+        gpu: it needs a CUDA device, and takes `depth` beside.
     """
 
     about: str
-    measure: Callable[[Path, int, int, int], dict[str, Any]]
+    measure: Callable[..., dict[str, Any]]
+    gpu: bool = False
 
 
 def in_turns(calls: Mapping[str, Call], *, steps: int, rounds: int) -> dict[str, list[Took]]:
@@ -112,32 +114,45 @@ CASES: Mapping[str, Case] = {
     "sdxl": Case("SDXL at reduced depth, 512x512, guided", _pipelines(SDXL, side=512, scale=5.0, stock=False)),
     "sd3": Case("SD3-medium at reduced depth, 512x512, guided", _pipelines(SD3, side=512, scale=7.0, stock=False)),
     "load": Case("SD 1.5 loaded, and its first picture in one step", _loading),
+    **{f"gpu-{name}-{side}": Case(f"{label}, {side}x{side}, on a GPU", gpu.speed(architecture, side=side, scale=scale, negative=negative), gpu=True)
+       for name, label, architecture, scale, negative in (("sd15", "SD 1.5", gpu.SD15, 7.5, True), ("sdxl", "SDXL", gpu.SDXL, 5.0, True),
+                                                          ("sd3", "SD3-medium without T5", gpu.SD3, 7.0, True),
+                                                          ("flux1", "FLUX.1-dev", gpu.FLUX1, 3.5, False)) for side in (512, 1024)},
+    "gpu-memory": Case("peaks on a GPU under a cap", gpu.memory(), gpu=True),
 }
 
 
-def measure(names: list[str], *, work: Path, steps: int = 3, rounds: int = 3, threads: int | None = None) -> dict[str, Any]:
+def measure(names: list[str], *, work: Path, steps: int = 3, rounds: int = 3, threads: int | None = None, depth: float = 1.0) -> dict[str, Any]:
     """Run cases, one after the other.
 
     Args:
-        names: keys of CASES, or ["all"].
-        work: a folder for checkpoints with random weights (8 GB for all); what is there is used again.
+        names: keys of CASES, or ["all"], which are those that need no GPU, or ["gpu"], those that do.
+        work: a folder for checkpoints with random weights (8 GB for all, on a GPU 50 GB); what is there is used again.
+        depth: of cases on a GPU, the share of each model's layers, above 0 and at most 1.
         steps: that each side runs in each round; 3 are enough to tell a step, 20 leave nothing to be continued.
 
     Returns:
         {"cases": {name: numbers}, "environment": ...}, JSON-ready and without machine paths.
 
     Raises:
-        RequestError: an unknown case, or numbers out of range.
+        RequestError: an unknown case, numbers out of range, or a case that needs a GPU where there is none.
     """
     import torch
 
-    wanted = list(CASES) if names == ["all"] else names
+    wanted = [name for name, case in CASES.items() if case.gpu == (names == ["gpu"])] if names in (["all"], ["gpu"]) else names
     if unknown := [name for name in wanted if name not in CASES]:
-        raise RequestError(f"there is no case {unknown[0]!r}: expected all, {', '.join(CASES)}")
+        raise RequestError(f"there is no case {unknown[0]!r}: expected all, gpu, {', '.join(CASES)}")
+    if (on_gpu := [name for name in wanted if CASES[name].gpu]) and not torch.cuda.is_available():
+        raise RequestError(f"the case {on_gpu[0]!r} needs a CUDA device, and this machine has none: leave it out, or run it on one that has")
+    if not 0 < depth <= 1:
+        raise RequestError(f"depth is {depth:g}: expected a share of each model's layers, above 0 and at most 1")
     for what, value in (("rounds", rounds), ("steps", steps), ("threads", 1 if threads is None else threads)):
         if not 1 <= value <= 1000:
             raise RequestError(f"{what} is {value}: expected a whole number from 1 to 1000")
     work.mkdir(parents=True, exist_ok=True)
     with run.with_threads(threads):
-        found = {name: {"about": CASES[name].about} | CASES[name].measure(work, steps, rounds, torch.get_num_threads()) for name in wanted}
+        found = {}
+        for name in wanted:
+            more = {"depth": depth} if CASES[name].gpu else {}
+            found[name] = {"about": CASES[name].about} | CASES[name].measure(work, steps, rounds, torch.get_num_threads(), **more)
         return {"cases": found, "environment": run.environment()}

@@ -59,9 +59,11 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     asked = case["asked"]
     about = case["about"] + (f", {asked['steps_reported']} steps" if "steps_reported" in asked else "")
     about += f" ({asked['steps_run']} run)" if asked["steps_run"] < asked.get("steps_reported", 0) else ""
+    about += f", {asked['depth']:g} of its layers" if asked.get("depth", 1) != 1 else ""
     for side, said in case.get("seconds", {}).items():
         step, ratio = said.get("step"), case["ratios"].get(side)
-        yield (about if side == OURS else "", side, "" if step is None else f"{step:.2f} s", f"{said['call']:.2f} s",
+        own, side = side == OURS, side + (f", {said['peak_mb']} MB at most" if "peak_mb" in said else "")
+        yield (about if own else "", side, "" if step is None else f"{step:.2f} s", f"{said['call']:.2f} s",
                "" if ratio is None else f"{ratio:.2f} times as long")
     for side, said in case.get("loading", {}).items():
         ratios = case["ratios"]
@@ -70,6 +72,12 @@ def _rows(case: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         picture = f", {ratios['picture']:.2f} times to the picture" if "picture" in ratios else ""
         longer = "" if side == OURS else f"{ratios.get('seconds', 0):.2f} times as long{picture}"
         yield about if side == OURS else "", side, "", f"{said.get('seconds', 0):.2f} s{first}; {memory}", longer
+    for side in case.get("failed", ()):
+        yield "", side, "", "out of memory", ""
+    for n, said in enumerate(case.get("memory", ())):
+        peak = "not measured" if said.get("measured_gb") is None else f"{said['measured_gb']:.2f} GB"
+        made = said.get("failed") or f"{said['residency']}: {peak}, {said['predicted_gb']:.2f} predicted"
+        yield "" if n else about, f"{said['model']} in {said['cap_gb']:g} GB", "", made, ""
     if "limit" in case:
         said = case["limit"]
         yield ("", f"{said['tflop']:g} TFLOP at {said['gflops_a_second']} GFLOP/s, this machine's fastest bf16 product", "",

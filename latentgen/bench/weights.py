@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from latentgen.models.family import Part
 
 SEED = 0
+DEPTHS = ("num_layers", "num_single_layers", "transformer_layers_per_block")  # in configs
+T5 = "T5TokenizerFast"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ class Architecture:
         """part -> its config."""
         known = published(self.variant)["parts"]
         return {name: config | dict(self.changes.get(name) or {}) for name, config in known.items() if self.changes.get(name, {}) is not None}
+
+
+def shallower(architecture: Architecture, share: float) -> Architecture:
+    """The same with a share of the layers of its denoiser and its language models, one of each kind at least; CLIP's are few and stay."""
+    if share == 1:
+        return architecture
+    changes = {name: dict(change) if change is not None else None for name, change in architecture.changes.items()}
+    for name, config in architecture.configs.items():
+        for key in DEPTHS:
+            if (layers := config.get(key)) is not None:
+                fewer = [max(1, round(one * share)) for one in (layers if isinstance(layers, list) else [layers])]
+                changes[name] = {**(changes.get(name) or {}), key: fewer if isinstance(layers, list) else fewer[0]}
+    return replace(architecture, changes=changes)
 
 
 def write(architecture: Architecture, folder: Path) -> Path:
@@ -68,9 +83,13 @@ def write(architecture: Architecture, folder: Path) -> Path:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(known["scheduler"]), "utf-8")
     for name, said in known["tokenizers"].items():
         if f"text_encoder{name.removeprefix('tokenizer')}" in configs:
-            _write_tokenizer(folder / name, pad=said["pad"])
+            if said["pad"] == "<pad>":
+                _write_t5_tokenizer(folder / name, length=said["model_max_length"])
+            else:
+                _write_tokenizer(folder / name, pad=said["pad"])
     index = dict(known["index"]) | {name: part.cls.split(".") for name, part in parts.items() if name in configs}
-    index |= {name: ["transformers", "CLIPTokenizer"] for name in known["tokenizers"] if (folder / name).is_dir()}
+    index |= {name: ["transformers", T5 if said["pad"] == "<pad>" else "CLIPTokenizer"]
+              for name, said in known["tokenizers"].items() if (folder / name).is_dir()}
     (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", known["scheduler"]["_class_name"]]}), "utf-8")
     return folder
 
@@ -95,3 +114,22 @@ def _write_tokenizer(folder: Path, *, pad: str) -> None:
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}), "utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special), "utf-8")
+
+
+def _write_t5_tokenizer(folder: Path, *, length: int) -> None:
+    """A tokenizer of T5's kind that knows letters alone: as many tokens are read as there are letters, up to the padding, which is always full."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ("<pad>", "</s>", "<unk>")
+    letters = ("\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,.")
+    inner = Tokenizer(models.Unigram([*((name, 0.0) for name in special), *((letter, -1.0) for letter in letters)], unk_id=2, byte_fallback=False))
+    space = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
+    inner.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    inner.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": length, "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>",
+              "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")

@@ -64,9 +64,10 @@ def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, 
           rounds: Annotated[int, typer.Option(help="How often each side is timed, in turns, 1 or more.", min=1)] = 5,
           against: Annotated[str, typer.Option(help="diffusers (its own pipeline on the same files), or none.", metavar="NAME")] = "diffusers",
           cold: Annotated[bool, typer.Option(help="Whether the start of new processes is timed, too.")] = True,
-          case: Annotated[list[str] | None, typer.Option(help="A case of the speed table instead: sd15, glyph, sdxl, sd3, load, or all; "
-                                                              "may be said several "
-                                                         "times. Makes checkpoints with random weights; minutes for each.", metavar="NAME")] = None,
+          case: Annotated[list[str] | None, typer.Option(help="A case of the speed table instead: sd15, glyph, sdxl, sd3, load, or all "
+                                                              "of these; gpu for those of a CUDA device; may be said several times. "
+                                                              "Makes checkpoints with random weights; minutes for each.", metavar="NAME")] = None,
+          depth: Annotated[float, typer.Option(help="Of cases on a GPU: the share of each model's layers, above 0 and at most 1.")] = 1.0,
           work: Annotated[Path, typer.Option(help="Of cases: a folder for their checkpoints, up to 8 GB, used again.", metavar="DIR",
                                              file_okay=False)] = Path("bench-checkpoints"),
           output: Annotated[Path | None,
@@ -76,7 +77,7 @@ def bench(model: Annotated[str, typer.Option("--model", "-m", help=ABOUT_MODEL, 
     if case:
         from latentgen.bench import cases, report
 
-        found = cases.measure(case, work=work, steps=steps, rounds=rounds, threads=threads)
+        found = cases.measure(case, work=work, steps=steps, rounds=rounds, threads=threads, depth=depth)
         if output is not None:
             typer.echo(f"written to {', '.join(map(str, report.written(found, output)))}", err=True)
         _numbers(found, as_json=as_json)
