@@ -2,7 +2,8 @@
 Knows architectures, sides and what a device tells; prints nothing.
 
 One side after the other has the device for itself: it is loaded, called once for what is done only once (kernels, compiling, capturing), measured,
-and dropped. The host waits for the device where a clock is read, and nowhere between. All of it runs on a CPU too, where tests do that, with no peaks.
+and dropped. The host waits for the device where a clock is read, and nowhere between. All of it runs on a CPU too,
+where tests do that, with no peaks.
 """
 
 from __future__ import annotations
