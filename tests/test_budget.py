@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import latentgen
 from latentgen.cli import app
 from latentgen.errors import RequestError
 from latentgen.run import budget as budget_module
-from latentgen.run.budget import memory_bytes
+from latentgen.run.budget import fitted, memory_bytes
+from latentgen.run.forecast import forecast
+from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES
 from latentgen.run.speed import speeds
 
@@ -74,6 +79,37 @@ def test_what_a_policy_holds_is_what_the_headers_say(full: Any) -> None:
 def test_what_cannot_fit_says_what_it_needs(full: Any) -> None:
     with pytest.raises(RequestError, match=r"memory is 0.3 GB but this needs at least [\d.]+ GB, for \w+ at 512x512 with residency 'stream': .*smaller"):
         full("sd15").plan("a cat", seed=0, memory="300MB")
+
+
+def test_fewer_bits_where_they_are_allowed_and_needed(full: Any) -> None:
+    """Where weights as they are would have to be streamed; never in place of what needs no streaming, and not without leave."""
+    pipe = full("flux1-dev")
+    auto = copy(pipe)
+    auto._machine = replace(pipe._machine, ways=(None, "int8", "int4"))
+    assert pipe.plan("a cat", seed=0, memory="16GB").quantise is None
+    rates = dict.fromkeys(speeds(torch.device("cpu"), torch.bfloat16), 1e12) | {"copy": 1e9}
+    foresee = partial(forecast, auto.checkpoint, auto.family, speeds=rates)
+    wish = auto._unlimited(Request(prompt="a cat", seed=0))
+    plan = fitted(wish, foresee, 14 * GB)
+    assert (plan.quantise, plan.residency) == ("int8", "stage") and plan.memory.peak <= 14 * GB
+    assert "weights are held in int8 (" in plan.notes[-1] and "s with residency 'stream' and weights as they are) and residency is 'stage'" in plan.notes[-1]
+    assert fitted(wish, foresee, 24 * GB).quantise is None
+    swift = fitted(wish, partial(forecast, auto.checkpoint, auto.family, speeds=rates | {"copy": 1e15}), 14 * GB)
+    assert (swift.quantise, swift.residency) == (None, "stream")  # whose blocks come in no time
+
+
+@pytest.mark.slow
+def test_down_to_4_bits(full: Any) -> None:
+    pipe = copy(full("flux1-dev"))
+    pipe._machine = replace(pipe._machine, ways=(None, "int8", "int4"))
+    rates = dict.fromkeys(speeds(torch.device("cpu"), torch.bfloat16), 1e12) | {"copy": 1e9}
+    foresee = partial(forecast, pipe.checkpoint, pipe.family, speeds=rates)
+    wish = pipe._unlimited(Request(prompt="a cat", seed=0))
+    for size, way, policy in ((14, "int8", "stage"), (8, "int4", "stage"), (4, None, "stream")):
+        plan = fitted(wish, foresee, size * GB)
+        assert (plan.quantise, plan.residency) == (way, policy) and plan.memory.peak <= size * GB, size
+    sizes = [foresee(replace(wish, quantise=way, residency="stage")).stages["denoiser"].weights for way in (None, "int8", "int4")]
+    assert sizes[1] == pytest.approx(0.51 * sizes[0], rel=0.03) and sizes[2] == pytest.approx(0.29 * sizes[0], rel=0.04)
 
 
 def test_memory_is_asked_for_late(full: Any) -> None:

@@ -161,5 +161,27 @@ def test_the_rungs(pipe: Any) -> None:
                      "the autoencoder in tiles of 384 pixels", "the autoencoder in tiles of 256 pixels", "residency 'stage'", "residency 'stream'",
                      "residency 'disk'"]
     assert plan.seeds == (3,) and "vae_tile=256" in repr(plan.request)
-    int8 = replace(pipe.plan("a cat", **SAID), quantise="int8", residency="stage")
-    assert lower(int8, "text") is None
+    assert lower(plan, None) is None  # for nobody allowed weights in fewer bits
+    plan, words = replace(plan, ways=(None, "stored", "int8", "int4")), []
+    assert lower(plan, "decoder") is None
+    while (step := lower(plan, "denoiser")) is not None:
+        plan = step[0]
+        words.append(step[1])
+    assert words == ["weights in 'stored'", "weights in 'int8'", "weights in 'int4'"] and plan.quantise == "int4"
+
+
+def test_the_last_rung(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in fewer bits, where that is allowed and nothing else is left; the recipe says so, and makes the same picture again."""
+    monkeypatch.setattr("latentgen.models.quantise.held.LEAST", 1)
+    pipe = latentgen.load(folder, device="cpu", dtype="float32", progress=False, quantise="auto", residency="stream")
+    assert pipe.plan("a cat", **SAID).quantise is None
+    pipe.family = replace(pipe.family, predict=failing(pipe.family.predict, PYTHON, 2, 4, 5))
+    result, told = run(pipe)
+    assert [note.partition("done again with ")[2] for note in notes(result)] == ["guidance split", "residency 'disk'", "weights in 'int8'"]
+    assert told == [0, 1, 2, 3] and result.recipe["quantise"] == "int8"
+    wished = latentgen.load(folder, device="cpu", dtype="float32", progress=False, quantise="int8").txt2img("a cat", **SAID, split_guidance=True)
+    assert torch.equal(result.latents, wished.latents) and wished.latents.abs().max() > 0
+    (file,) = result.save(tmp_path / "cat.png")
+    again = pipe.replay(file)
+    assert again.identical and not again.differences
+    assert pipe.plan("a cat", **SAID).quantise is None and not notes(pipe.txt2img("a cat", **SAID))

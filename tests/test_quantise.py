@@ -88,5 +88,7 @@ def test_a_weight_that_is_not_finite_is_found(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_is_refused(tiny_folder):
-    with pytest.raises(RequestError, match="quantise is 'int3': expected 'int8', 'fp8', 'int4', 'stored'"):
+    with pytest.raises(RequestError, match="quantise is 'int3': expected 'int8', 'fp8', 'int4', 'stored', 'auto', or None"):
         latentgen.load(tiny_folder, quantise="int3")
+    with pytest.raises(RequestError, match="quantise is 'stored' but the files of .* have nothing packed"):
+        latentgen.load(tiny_folder, quantise="stored")

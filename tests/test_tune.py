@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_as_it_was_begun(fresh, config):
     keep_tuned(key_of(fresh), FOUND)
     found = read_state(state)
     other = copy(fresh)
-    other._machine = replace(fresh._machine, quantise="int8")
+    other._machine = replace(fresh._machine, ways=("int8",))
     with pytest.raises(RequestError, match="begun with quantise None and here it would be int8: load the model with that"):
         other.resume(found)
     assert fresh.tuned().resume(found).image.tobytes() == whole.image.tobytes()

@@ -21,6 +21,7 @@ from latentgen.errors import ModelError
 from latentgen.importing import uncollected
 from latentgen.models.family import Config, Part
 from latentgen.models.files import check_config, header_of
+from latentgen.models.gguf_header import BLOCKS
 from latentgen.models.header import Header
 from latentgen.models.pickles import is_pickle, pickle_tensors
 
@@ -65,6 +66,11 @@ class Source:
             if not file.is_file():
                 raise ModelError(f"{self.label} has no weights any more: {file.name} is gone, so get it again")
         return [header_of(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in self.files]
+
+    @property
+    def packing(self) -> dict[str, str]:
+        """How its files have tensors packed, by their names: blocks of GGUF and 8-bit floats."""
+        return {name: t.dtype for h in self.headers() for name, t in h.tensors.items() if t.dtype in BLOCKS or t.dtype.startswith("F8_")}
 
     def weight_bytes(self, part: Part, *, dtype: torch.dtype | None = None) -> int:
         """Bytes of the part's weights, from the headers alone: as stored, or as they are held in a dtype."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from latentgen.errors import RequestError
+from latentgen.models.quantise.ways import STORED, WAYS
 from latentgen.run.forecast import GB, NAMES
 from latentgen.run.ladder import fewer_rows, placed, policies, smaller_tiles
+from latentgen.run.residency import STREAMING
 
 if TYPE_CHECKING:
     from latentgen.run.forecast import Forecast
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LEAST = UNITS["MB"]  # a bare number below it is one without its unit
+WORTH = 1.1  # how much faster weights in fewer bits must be than streaming them as they are
 MARGIN = 1.03  # how much more than predicted is kept free
 
 
@@ -75,7 +78,7 @@ def _number(path: str) -> int | None:
 
 
 def fitted(wish: Plan, foresee: Callable[[Plan], Forecast], budget: int) -> Plan:
-    """The first plan that fits, going down the ladder: from what the pipeline would do without a limit.
+    """The fastest plan that fits, as predicted: with weights as they are, or where those would be streamed, in the ways that the plan allows.
 
     Args:
         foresee: predicts what a plan needs.
@@ -84,7 +87,28 @@ def fitted(wish: Plan, foresee: Callable[[Plan], Forecast], budget: int) -> Plan
         RequestError: none fits: what it needs at least, and what would help.
     """
     tried: list[tuple[int, str, Forecast]] = []
-    for policy in (wish.residency, *policies(wish)):
+    fit: list[tuple[Plan, Forecast]] = []
+    for late in (False, True):  # on a CPU, packing blocks at each of their visits is the last resort
+        for way in wish.ways[wish.ways.index(wish.quantise):]:
+            chosen = [p for p in (wish.residency, *policies(wish)) if late == (way in WAYS and p in STREAMING and wish.device.startswith("cpu"))]
+            found = _first(placed(wish, quantise=way), chosen, foresee, budget, tried)
+            fit += [found] if found else []
+            if found and found[0].residency not in STREAMING:
+                break
+        if fit:
+            plan, need = min(fit, key=lambda each: sum(each[1].seconds.values()) * (WORTH if each[0].quantise in WAYS else 1))
+            return _told(wish, plan, need, budget, foresee, others=[each for each in fit if each[0] is not plan])
+    least, policy, need = min(tried, key=lambda each: each[0])
+    stage = max(need.stages, key=lambda name: need.stages[name].peak)
+    raise RequestError(f"memory is {budget / GB:.3g} GB but this needs at least {least * MARGIN / GB:.3g} GB, "
+                       f"for {NAMES[stage]} at {wish.width}x{wish.height} with "
+                       f"residency {policy!r}: {_cure(stage, need, wish)}")
+
+
+def _first(wish: Plan, chosen: Sequence[str], foresee: Callable[[Plan], Forecast], budget: int,
+           tried: list[tuple[int, str, Forecast]]) -> tuple[Plan, Forecast] | None:
+    """The first plan that fits, going down these policies; all that were tried are added to `tried`."""
+    for policy in chosen:
         plan = placed(wish, residency=policy)
         for step in (plan, *fewer_rows(plan)):
             plan = step
@@ -95,27 +119,31 @@ def fitted(wish: Plan, foresee: Callable[[Plan], Forecast], budget: int) -> Plan
             need = foresee(step)
             tried.append((need.peak, policy, need))
             if _fits(need.peak, budget):
-                return _told(wish, step, need, budget, foresee)
-    least, policy, need = min(tried, key=lambda each: each[0])
-    stage = max(need.stages, key=lambda name: need.stages[name].peak)
-    raise RequestError(f"memory is {budget / GB:.3g} GB but this needs at least {least * MARGIN / GB:.3g} GB, "
-                       f"for {NAMES[stage]} at {wish.width}x{wish.height} with "
-                       f"residency {policy!r}: {_cure(stage, need)}")
+                return step, need
+    return None
 
 
 def _fits(peak: int, budget: int) -> bool:
     return peak * MARGIN <= budget
 
 
-def _cure(stage: str, need: Forecast) -> str:
+def _cure(stage: str, need: Forecast, wish: Plan) -> str:
     if need.stages[stage].weights > need.stages[stage].activations:  # type: ignore[index]
+        if not WAYS.keys() & {*wish.ways}:
+            return "give it more memory, allow weights in fewer bits with quantise='auto', or use a smaller model"
         return "give it more memory, load it in a dtype of fewer bytes, or use a smaller model"
     return "make the picture smaller, or fewer at once" if stage == "denoiser" else "make the picture smaller"
 
 
-def _told(wish: Plan, plan: Plan, need: Forecast, budget: int, foresee: Callable[[Plan], Forecast]) -> Plan:
+def _told(wish: Plan, plan: Plan, need: Forecast, budget: int, foresee: Callable[[Plan], Forecast], *,
+          others: Sequence[tuple[Plan, Forecast]]) -> Plan:
     """The plan with its forecast, and why it is not as it would be without a limit."""
     changed = []
+    if plan.quantise != wish.quantise:
+        held = "are left packed as their files have them" if plan.quantise == STORED else f"are held in {plan.quantise}"
+        slower = [f"{sum(other.seconds.values()):.2g} s with residency {each.residency!r} and weights " + (each.quantise or "as they are")
+                  for each, other in others[:1]]
+        changed.append(f"weights {held}" + (f" ({sum(need.seconds.values()):.2g} s predicted, against {slower[0]})" if slower else ""))
     if plan.residency != wish.residency:
         changed.append(f"residency is {plan.residency!r}")
     if plan.rows != wish.rows:

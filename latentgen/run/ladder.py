@@ -1,6 +1,7 @@
 """The rungs by which a plan comes to need less memory, and a run that goes down them where memory runs out. Knows plans and runs; measures nothing.
 
-One fixed order: fewer rows in a call of the network, guidance split, smaller tiles of the autoencoder, then the next policy of residency.
+One fixed order: fewer rows in a call of the network, guidance split, smaller tiles of the autoencoder, then the next policy of residency, and at
+last weights in fewer bits, where that is allowed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from latentgen.errors import OutOfMemoryError
-from latentgen.run.residency import POLICIES, STREAMING
+from latentgen.run.residency import POLICIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +58,18 @@ def smaller_tiles(plan: Plan) -> Iterator[Plan]:
 
 
 def policies(plan: Plan) -> Iterator[str]:
-    """Those of residency after the plan's own; what is held in 8 bits cannot be streamed."""
-    yield from (policy for policy in POLICIES[POLICIES.index(plan.residency) + 1:] if not (plan.quantise and policy in STREAMING))
+    """Those of residency after the plan's own."""
+    yield from POLICIES[POLICIES.index(plan.residency) + 1:]
+
+
+def ways(plan: Plan) -> tuple[str | None, ...]:
+    """In which weights may be held in fewer bits yet."""
+    return plan.ways[plan.ways.index(plan.quantise) + 1:]
+
+
+def holding(plan: Plan, way: str | None) -> Plan:
+    """A plan with weights held so, where it may; else as it is."""
+    return placed(plan, quantise=way) if way in plan.ways else plan
 
 
 def lower(plan: Plan, stage: str | None) -> tuple[Plan, str] | None:
@@ -72,8 +83,11 @@ def lower(plan: Plan, stage: str | None) -> tuple[Plan, str] | None:
         return step, "guidance split" if split else f"{step.rows} pictures in a call of the network"
     if stage in ("encoder", "decoder", None) and (step := next(smaller_tiles(plan), None)) is not None:
         return step, f"the autoencoder in tiles of {step.tile} pixels"
-    policy = next(policies(plan), None)
-    return None if policy is None else (placed(plan, residency=policy), f"residency {policy!r}")
+    for policy in policies(plan):
+        return placed(plan, residency=policy), f"residency {policy!r}"
+    for way in ways(plan) if stage not in ("encoder", "decoder") else ():
+        return placed(plan, quantise=way), f"weights in {way!r}"
+    return None
 
 
 def ran_out(error: BaseException) -> bool:
@@ -134,5 +148,6 @@ def _below(work: Work, stage: str | None, sampled: Tensor | None, error: Excepti
                                "make the picture smaller, free memory, or use a smaller model") from error
     plan, what = step
     note = f"memory ran out while {where}: done again with {what}"
-    same = (plan.rows, plan.request.split_guidance) == (work.plan.rows, work.plan.request.split_guidance)
+    before = work.plan
+    same = (plan.rows, plan.request.split_guidance, plan.quantise) == (before.rows, before.request.split_guidance, before.quantise)
     return replace(work, plan=placed(plan, notes=(*plan.notes, note)), sampled=sampled, savings={} if sampled is None else work.savings), same

@@ -21,7 +21,6 @@ from latentgen.conditioning.explain import Explanation
 from latentgen.diffusion.sample import Step
 from latentgen.errors import RequestError
 from latentgen.models.checkpoint import Checkpoint, open_checkpoint
-from latentgen.models.quantise.ways import CHOICES
 from latentgen.models.context import check_context
 from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.load import empty_module
@@ -36,7 +35,7 @@ from latentgen.run.parallel import Group, join_group, own_device
 from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
 from latentgen.run.request import Request
-from latentgen.run.residency import COMPILED, POLICIES, SPEEDS, STREAMING, Residency, check_graphs, choose_device, choose_dtype
+from latentgen.run.residency import COMPILED, POLICIES, SPEEDS, STREAMING, Residency, check_graphs, choose_device, choose_dtype, ways_of
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
 from latentgen.run.speed import speeds
@@ -75,6 +74,7 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
         quantise: "int8", "fp8" or "int4" holds the weights of text encoders and denoiser in so many bits: less memory, a little slower, another
             picture of the same kind (docs/approximate.md). "stored" leaves packed what a GGUF or fp8 file has packed: the picture is the same.
+            "auto" holds them so, or in 8 or 4 bits, only where memory= asks for it or memory runs out.
         attention: on a CUDA device, the kernel that computes it: "flash", "cudnn", "efficient" or "math", "measured" for the fastest of each kind of
             shapes (measured once, then kept), or a table as recipes hold it; None leaves the choice to PyTorch.
         tuned: take the approximations that `latentgen tune` found here for this model, wherever a request says none; plans and results say so.
@@ -91,8 +91,6 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         raise RequestError(f"speed is {speed!r}: expected one of {', '.join(map(repr, SPEEDS))}")
     if residency not in POLICIES:
         raise RequestError(f"residency is {residency!r}: expected one of {', '.join(map(repr, POLICIES))}")
-    if quantise not in (None, *CHOICES):
-        raise RequestError(f"quantise is {quantise!r}: expected {', '.join(map(repr, CHOICES))}, or None")
     place = choose_device(own_device(device) if parallel is not None else device)
     if speed == GRAPHS:
         check_graphs(place, residency, alone=parallel is None and not compile)
@@ -119,14 +117,15 @@ class Pipeline:
         self.checkpoint = checkpoint
         self.card = checkpoint.card
         self.family = checkpoint.family
-        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, speed=speed, quantise=quantise, attention=attention)
+        ways = ways_of(checkpoint, quantise)
+        self.residency = Residency(checkpoint, device=device, dtype=dtype, policy=residency, speed=speed, quantise=ways[0], attention=attention)
         self.progress, self.memory = progress, memory
         if memory is not None:
             memory_bytes(memory, device)
         self._memo, self._group = Memo(), group
         weights = {stage: checkpoint.weight_bytes(stage, dtype=dtype) for stage in ("text", "denoiser", "decoder")}
         self._machine = Machine(checkpoint.name, str(device), str(dtype).removeprefix("torch."), residency, speed, weights, checkpoint.notes,
-                                self._layers, quantise=quantise, attention=attention or {},
+                                self._layers, ways=ways, attention=attention or {},
                                 parallel=None if group is None else group.parallel)
 
     def _layers(self, guider: str, said: Any) -> tuple[list[str], str]:
@@ -291,7 +290,7 @@ class Pipeline:
             return self.plan(request, **options)
         _alone("a finished plan", options)
         own = self._machine
-        theirs, ours = ((m.model, m.device, m.dtype, m.quantise, m.attention, m.speed, m.weights, m.parallel) for m in (request, own))
+        theirs, ours = ((m.model, m.device, m.dtype, m.ways, m.attention, m.speed, m.weights, m.parallel) for m in (request, own))
         if theirs != ours:
             raise RequestError(f"the plan is for {request.model} in {request.dtype} on {request.device}, which is not this pipeline: plan it here")
         return request

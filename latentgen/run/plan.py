@@ -58,6 +58,7 @@ class Plan:
         references: pictures for editing by instruction, as given.
         rows: pictures per network call. 1 on a CPU, and where an approximation looks at the picture, so that a picture never depends on its batch.
         approximate: what is left out for speed, because it was asked for: name -> all its options.
+        ways: how weights may be held, from the first to what is left where memory lacks (see `latentgen.models.quantise.ways.allowed`).
         quantise: how weights are held where it is not as the networks compute with them: "int8", "fp8", "int4", or "stored" for as the file has them.
         attention: kinds of shapes -> attention kernel, where PyTorch does not choose; see `latentgen.models.fast.kernels`.
         parallel: how several processes make it together, where they do.
@@ -96,6 +97,7 @@ class Plan:
     notes: tuple[str, ...]
     approximate: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parallel: Parallel | None = None
+    ways: tuple[str | None, ...] = (None,)
     quantise: str | None = None
     attention: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
@@ -229,7 +231,7 @@ class Machine:
     layers: (guider, layers as they were asked for) -> their names in the denoiser, or RequestError, and a note or ""; see
         `latentgen.models.weaken.chosen` and `broad`.
     tuned: what requests do that say no approximation of their own.
-    quantise: how weights are held, None as they are.
+    ways: how weights may be held, the first where memory suffices.
     attention: kinds of shapes -> attention kernel, where PyTorch does not choose.
     parallel: how several processes make each picture together.
     """
@@ -244,7 +246,7 @@ class Machine:
     layers: Callable[[str, Any], tuple[list[str], str]] | None = field(default=None, repr=False, compare=False)
     tuned: Tuned | None = None
     parallel: Parallel | None = None
-    quantise: str | None = None
+    ways: tuple[str | None, ...] = (None,)
     attention: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -325,5 +327,5 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
         empty=empty,
         weighting=resolved(request), batching="off" if not guided else "several" if several else {2: "pair", 3: "triple"}[sides],
         rows=together, dtype=machine.dtype, device=machine.device, residency=machine.residency, speed=machine.speed, weights=machine.weights,
-        notes=tuple(notes), approximate=approximate, parallel=machine.parallel, quantise=machine.quantise, attention=machine.attention,
-        references=references)
+        notes=tuple(notes), approximate=approximate, parallel=machine.parallel, ways=machine.ways, quantise=machine.ways[0],
+        attention=machine.attention, references=references)

@@ -69,7 +69,8 @@ class PaperResidency:
         """There is nothing to read."""
 
     @contextmanager
-    def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None) -> Iterator[dict[str, nn.Module]]:
+    def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None,
+            quantise: str | None = None) -> Iterator[dict[str, nn.Module]]:
         """As `Residency.use`."""
         before = dict(self.ledger.flops)
         self.ledger.restart()
@@ -214,7 +215,8 @@ def _key(checkpoint: Checkpoint, plan: Plan) -> str:
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {part.name: (part.cls, dict(checkpoint.sources[part.name].config)) for part in checkpoint.family.parts}
+    sources = checkpoint.sources
+    return {part.name: (part.cls, dict(sources[part.name].config), sources[part.name].packing) for part in checkpoint.family.parts}
 
 
 def _digest(whole: Any) -> str:

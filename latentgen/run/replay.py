@@ -15,6 +15,7 @@ from latentgen.errors import RequestError
 from latentgen.pixels.image import open_image
 from latentgen.run.grid import Grid, check_about
 from latentgen.run.interpolate import MAX_FRAMES, Film, remade
+from latentgen.run.ladder import holding
 from latentgen.run.recipe import PICTURES, Foreign, Recipe, as_recipe, make_recipe, picture_hash
 from latentgen.run.series import run_all
 
@@ -76,7 +77,7 @@ def replay(pipe: Pipeline, made: Image.Image | str | Path | bytes | Recipe | For
     if missing:
         return Replayed(None, False, missing)
     cells = _cells(recipe)
-    plans = [pipe.plan(cell.request(**given)) for cell in cells]
+    plans = [holding(pipe.plan(cell.request(**given)), cell.data.get("quantise")) for cell in cells]
     nows = [make_recipe(plan, pipe.checkpoint.digest, plan.notes) for plan in plans]
     sources = tuple(f"{name} is not the {'one' if name == 'classifier' else 'picture'} that it was made from" for name in recipe.needs
                     if nows[0].get(f"{name}_sha256") != recipe.data[f"{name}_sha256"])

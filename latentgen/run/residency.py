@@ -26,6 +26,7 @@ from latentgen.models.fast.kernels import Table, attend_by
 from latentgen.models.fast.swap import held_bytes, prepare, promised
 from latentgen.models.load import load_part
 from latentgen.models.modulation import modulation_names
+from latentgen.models.quantise.ways import CHOICES, STORED, allowed
 from latentgen.models.streamed import Lane, on_lane
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ POLICIES = ("resident", "stage", "stream", "disk")
 STREAMING = ("stream", "disk")
 QUANTISED: frozenset[Stage] = frozenset(("text", "denoiser"))  # stages whose parts are held in fewer bits where that is asked for
 STREAMED: tuple[Stage, ...] = ("text", "denoiser")  # stages whose parts are worth streaming
-Key = tuple[str, torch.dtype, bool]  # name of a part, dtype, whether its blocks are streamed
+Key = tuple[str, torch.dtype, bool, str | None]  # name of a part, dtype, whether its blocks are streamed, how the weights of its linears are held
+OWN = "own"  # as the pipeline was loaded
 SPEEDS = ("exact", "plain", GRAPHS)
 COMPILED = "compiled"  # what a pipeline's speed is instead where the networks are compiled
 
@@ -66,18 +68,22 @@ class Residency:
                 self._checked = True
 
     @contextmanager
-    def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None) -> Iterator[dict[str, nn.Module]]:
+    def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None,
+            quantise: str | None = OWN) -> Iterator[dict[str, nn.Module]]:
         """The modules of a stage, on the device, for as long as the block runs. Several threads may be in the same block.
 
         Args:
-            policy: another than the pipeline's own, for this once.
+            policy, quantise: others than the pipeline's own, for this once.
         """
         dtype, policy = dtype or self.dtype, policy or self.policy
+        way = self.quantise if quantise == OWN else quantise
         if dtype != self.dtype and policy not in STREAMING and stage in STREAMED and not self.room(stage, dtype):
             policy = "stream"  # a second copy, of larger numbers, comes block by block
-        parts = {p: (p.name, dtype, policy in STREAMING and stage in STREAMED) for p in self.checkpoint.family.parts if stage in p.stages}
+        parts: dict[Part, Key] = {p: (p.name, dtype, policy in STREAMING and stage in STREAMED, way if QUANTISED & {*p.stages} else None)
+                                  for p in self.checkpoint.family.parts if stage in p.stages}
         if policy != "resident":
             self._retire(policy, but=frozenset(parts.values()))
+        self._drop_others(parts.values())
         taken: list[Key] = []
         modules: dict[str, nn.Module] = {}
         try:
@@ -94,7 +100,7 @@ class Residency:
                 self._release(key, policy)
 
     def _take(self, part: Part, key: Key, policy: str) -> nn.Module:
-        _, dtype, streamed = key
+        _, dtype, streamed, way = key
         with self._lock:
             if fresh := key not in self._here:
                 leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
@@ -102,7 +108,7 @@ class Residency:
                 self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later,
                                             lane=Lane(self.device) if streamed else None,
                                             pinned=policy == "stream" and self.device.type == "cuda",
-                                            quantise=self.quantise if QUANTISED & {*part.stages} else None)
+                                            quantise=way)
                 if not streamed:  # streamed weights come and go as they lie in their file
                     self._here[key] = prepare(self._here[key], speed=self.speed, device=self.device)
                 if self.attention and part.cls.startswith("diffusers."):
@@ -130,6 +136,12 @@ class Residency:
         with self._lock:
             for key in [key for key in self._here if not self._users.get(key) and key not in but]:
                 self._away(key, policy)
+
+    def _drop_others(self, wanted: Collection[Key]) -> None:
+        """Drop what nobody uses of these parts and holds their weights in another way."""
+        with self._lock:
+            for key in [key for key in self._here if not self._users.get(key) and any(key[:2] == w[:2] and key[3] != w[3] for w in wanted)]:
+                del self._here[key]
 
     def clear(self) -> None:
         """Drop what nobody uses, from all memory."""
@@ -170,6 +182,20 @@ def check_graphs(device: torch.device, residency: str, *, alone: bool) -> None:
         raise RequestError(f"speed is 'graphs' with residency={residency!r}, whose weights come and go: use 'resident', or speed='exact'")
     if not alone:
         raise RequestError("speed is 'graphs' with compile or parallel: expected networks as they are and one process, so leave those out")
+
+
+def ways_of(checkpoint: Checkpoint, said: str | None) -> tuple[str | None, ...]:
+    """The ways in which the weights of a checkpoint may be held, of what was asked for (see `latentgen.models.quantise.ways.allowed`).
+
+    Raises:
+        RequestError: no such way, or there is nothing to leave packed.
+    """
+    if said not in (None, *CHOICES):
+        raise RequestError(f"quantise is {said!r}: expected {', '.join(map(repr, CHOICES))}, or None")
+    packed = any(checkpoint.sources[part.name].packing for part in checkpoint.family.parts if QUANTISED & {*part.stages})
+    if said == STORED and not packed:
+        raise RequestError(f"quantise is 'stored' but the files of {checkpoint.name} have nothing packed: leave it out, or say 'int8'")
+    return allowed(said, packed=packed)
 
 
 def choose_device(name: str) -> torch.device:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
+from latentgen.models.quantise.ways import CHOICES
+from latentgen.run.ladder import holding
 from latentgen.run.meaning import together
 from latentgen.run.recipe import Recipe, make_recipe, speed_of
 from latentgen.run.state import Keeper, State, begun, checked_every, checked_path, read_state
@@ -54,10 +56,12 @@ def named_model(state: State) -> str:
 
 
 def as_it_was(state: State) -> dict[str, Any]:
-    """Device, dtype and speed of the run, as `load` takes them."""
+    """Device, dtype, speed and how weights were held in the run, as `load` takes them."""
     dtype = state.recipe.get("dtype")
     known = dtype in ("float32", "bfloat16", "float16")
-    return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if known else "auto", **speed_of(state.recipe)}
+    way = state.recipe.get("quantise")
+    return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if known else "auto", **speed_of(state.recipe),
+            "quantise": way if way in CHOICES else None}
 
 
 def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Keeper:
@@ -82,7 +86,7 @@ def resumed(pipe: Pipeline, state: State, path: str | Path | None, every: int | 
     Raises:
         RequestError: the pipeline is another one, or the file was altered.
     """
-    plan = _planned(pipe, state)
+    plan = holding(_planned(pipe, state), state.recipe.get("quantise"))
     notes = state.check(make_recipe(plan, pipe.checkpoint.digest, ()))
     state = replace(state, every=checked_every(state.every if every is None else every), path=state.path if path is None else checked_path(path))
     return replace(plan, notes=(*plan.notes, *notes)), Keeper(state, lambda: state.recipe)

@@ -153,7 +153,7 @@ class Speaker:
 
     def _key(self, kind: str, chunks: Mapping[str, PromptChunks], said: Side) -> tuple[object, ...]:
         ids = tuple((reader, laid.ids) for reader, laid in chunks.items())
-        return kind, ids, said, self._skip, tuple(map(fingerprint, self._seen))
+        return kind, ids, said, self.plan.quantise, self._skip, tuple(map(fingerprint, self._seen))
 
     @property
     def _skip(self) -> int:
@@ -180,7 +180,7 @@ class Speaker:
                 heard[reader] = states
                 return weigh(reader, states)
 
-            with self.residency.use("text", dtype=dtype, policy=self.plan.residency) as modules, torch.no_grad():
+            with self.residency.use("text", dtype=dtype, policy=self.plan.residency, quantise=self.plan.quantise) as modules, torch.no_grad():
                 made = self.family.encode(modules, Words(ids, mask, said, empty, self._skip, seen, listened))
             check_words(heard, made.tokens, made.pooled, dtype)
             return made

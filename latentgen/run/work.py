@@ -126,7 +126,7 @@ class Work:
             noise = noise if made is None else noise.sized(spec.shape(one.width, one.height))
             eps, watch = _sent(noise.draw(), device), Watch()
             x = self.start(one, z0, eps, made)
-            with self.residency.use("denoiser", dtype=self.precision, policy=plan.residency) as modules:
+            with self.residency.use("denoiser", dtype=self.precision, policy=plan.residency, quantise=plan.quantise) as modules:
                 denoise = self.capturing().denoisers(one, modules, said, z0, eps)
                 for step in sample(denoise, x, one.levels, noise=lambda noise=noise: _sent(noise.draw(), device), **plan.options):
                     x = step.x
@@ -188,7 +188,7 @@ class Work:
         """
 
         def computed(dtype: torch.dtype) -> Tensor:
-            with self.residency.use("encoder", dtype=dtype, policy=self.plan.residency) as modules:
+            with self.residency.use("encoder", dtype=dtype, policy=self.plan.residency, quantise=self.plan.quantise) as modules:
                 return encode(modules["vae"], pixels, self.family.latent, tile=one.tile, wrap=wrap, call=self.family.vae_encode)
 
         return once_more("the picture was encoded", computed, self.residency.dtype)
@@ -281,7 +281,7 @@ class Work:
         spec = self.family.latent
 
         def some(which: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-            with self.residency.use("decoder", dtype=dtype, policy=self.plan.residency) as modules:
+            with self.residency.use("decoder", dtype=dtype, policy=self.plan.residency, quantise=self.plan.quantise) as modules:
                 whole = partial(decode, modules["vae"], spec=spec, tile=one.tile, wrap=one.grid.wrap, call=self.family.vae_decode)
                 return [whole(z[n:n + 1])[0] for n in which]
 

@@ -7,6 +7,7 @@ they are. What a file has packed stays so wherever it is the weight of a linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +65,16 @@ def hold(module: nn.Module, wanted: str | None, tensors: Mapping[str, Tensor], d
         if isinstance(tensor, Packed) and tensor.way == way:
             parts: Parts = tensor.without_numbers().parts
         else:
-            parts = way.pack(torch.empty(linear.weight.shape, device="meta"))  # type: ignore[arg-type]
+            outline = _outline(way, linear.weight.shape)  # type: ignore[arg-type]
+            parts = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape, dtype in outline}
         module.set_submodule(name, HeldLinear(linear, way, parts, dtype_of(f"{name}.weight")))  # type: ignore[arg-type]
     return {f"{name}.weight": way for name, way in found.items()}
+
+
+@lru_cache
+def _outline(way: Way, shape: torch.Size) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+    """Name, shape and dtype of what a weight of that shape is packed into."""
+    return tuple((key, part.shape, part.dtype) for key, part in way.pack(torch.empty(shape, device="meta")).items())
 
 
 def _chosen(module: nn.Module, wanted: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Way]]:

@@ -54,6 +54,8 @@ class Way:
         for start in range(0, len(first), rows):
             piece = self.some({name: part[start:start + rows] for name, part in parts.items()}, dtype)
             made = piece.new_empty(len(first), piece.shape[1]) if made is None else made
+            if first.is_meta:
+                break  # on paper, one piece is as good as all of them
             made[start:start + rows] = piece
         assert made is not None
         return made
@@ -132,7 +134,21 @@ class Int4(Way):
 
 WAYS: Mapping[str, Way] = {way.name: way for way in (Int8(), Fp8(), Int4())}
 STORED = "stored"  # packed weights of a file, as they are there
-CHOICES = (*WAYS, STORED)
+AUTO = "auto"  # what a memory makes necessary
+CHOICES = (*WAYS, STORED, AUTO)
+RUNGS = ("int8", "int4")  # down which AUTO goes, from the nearest numbers to the fewest bits
+
+
+def allowed(said: str | None, *, packed: bool) -> tuple[str | None, ...]:
+    """The ways in which a plan may hold weights, the first the one that it does where memory suffices.
+
+    Args:
+        said: one of `CHOICES`, or None: no approximation, so that only what files have packed may stay so.
+        packed: whether they have something packed.
+    """
+    if said not in (None, AUTO):
+        return (said,)
+    return (None, *((STORED,) if packed else ()), *(RUNGS if said == AUTO else ()))
 
 
 def fits(way: Way, width: int) -> bool:
