@@ -6,6 +6,8 @@ Python knew, or a tensor that was looked up, is frozen in it as it is in a graph
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +218,19 @@ def test_every_family_makes_the_same_picture(load: Any, kind: str, monkeypatch: 
     plain, made, device = both(load(kind), monkeypatch)
     assert torch.equal(plain.latents, made.latents) and device.captured and device.replayed == device.captured * (6 - WARM), made.notes
     assert not any("graph" in note for note in made.notes) and made.recipe["speed"] == "graphs" and "speed graphs" in str(made.plan)
+
+
+def test_graphs_go_with_their_pass(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the collector of cycles: they hold memory of the device."""
+    made: list[Any] = []
+    real = Replayed.__init__
+    monkeypatch.setattr(Replayed, "__init__", lambda self, *given: (made.append(weakref.ref(self)), real(self, *given))[1])
+    gc.disable()
+    try:
+        _, result, device = both(load("sd15"), monkeypatch, tile=48)
+        assert device.captured and len(made) == 1 and made[0]() is None and result.images
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("more", [{"guidance_interval": (0.3, 1.0), "steps": 9}, {"guiders": "pag"}, {"batch": 2, "seamless": "both"}, {"split_guidance": True},

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -90,19 +91,19 @@ class Graphs:
     def __init__(self, device: Capturing, *, note: Callable[[str], None]) -> None:
         self.device, self.note = device, note
         self.off = False
-        self._made: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._made: WeakValueDictionary[int, Replayed] = WeakValueDictionary()  # or graphs would wait for the collector of cycles
 
     def of(self, modules: Mapping[str, Any]) -> dict[str, Any]:
         """The networks, their calls captured where that can be; of one network always the same."""
         return {name: self._of(net) for name, net in modules.items()}
 
     def _of(self, net: nn.Module) -> nn.Module:
-        if id(net) not in self._made:
-            elsewhere = any(isinstance(module, (Streamed, Elsewhere)) for module in net.modules())
-            if elsewhere:
-                self.note("calls of the network were not captured as graphs, for its weights come and go: use residency='resident'")
-            self._made[id(net)] = net, net if elsewhere else Replayed(net, self)
-        return self._made[id(net)][1]
+        if any(isinstance(module, (Streamed, Elsewhere)) for module in net.modules()):
+            self.note("calls of the network were not captured as graphs, for its weights come and go: use residency='resident'")
+            return net
+        if (made := self._made.get(id(net))) is None:  # while it is there, so is the network whose id this is
+            made = self._made[id(net)] = Replayed(net, self)
+        return made
 
     def give_up(self, error: Exception) -> None:
         """Capture nothing more, and drop what was."""
@@ -110,9 +111,8 @@ class Graphs:
         log.warning("a call of the network could not be captured as a graph, so it runs as it is: %s", why, exc_info=error)
         self.note(f"calls of the network were not captured as graphs: {why}")
         self.off = True
-        for _, made in self._made.values():
-            if isinstance(made, Replayed):
-                made.kinds.clear()
+        for made in self._made.values():
+            made.kinds.clear()
 
 
 class Replayed(StandIn):
