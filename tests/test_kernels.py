@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fake_gpu
 import pytest
 import torch
 from conftest import make_tiny
 from fake_gpu import GPU
+from tiny_folders import tiny
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
@@ -138,6 +140,18 @@ def test_a_run_takes_the_table_and_its_recipe_names_it(tmp_path: Path, monkeypat
     assert speed_of(second.recipe)["attention"] == ALL
     with pytest.raises(RequestError, match="plan it here"):
         other.stream(plainly.plan("a cat", **said))
+
+
+@pytest.mark.parametrize("kind, heads", [("sdxl", 32), ("sd3", 6), ("flux1", 4), ("zimage", 16), ("pixart", 2)])
+def test_whole_networks_reach_the_kernel_on_a_device_that_is_made_up(kind: str, heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps in bfloat16: every attention without a mask is given to it, in a layout that it takes, and no step waits for it."""
+    calls: list[Tensor] = []
+    real, copied = KERNELS["flash"], fake_gpu.deepcopy
+    monkeypatch.setitem(KERNELS, "flash", lambda q, k, v, scale=None: (calls.append(q), real(q, k, v, scale))[1])  # type: ignore[arg-type]
+    monkeypatch.setattr(fake_gpu, "deepcopy", lambda net: attend_by(copied(net), dict.fromkeys(kinds(), "flash")))
+    pipe = latentgen.load(tiny(kind).save(tmp_path / kind), dtype="bfloat16", device="cpu", speed="plain", progress=False)
+    _, second = fake_gpu.waited(pipe, pipe.plan("a cat", steps=2, seed=0, width=64, height=64))
+    assert len(calls) == heads and all(q.device == GPU and q.dtype == HALF for q in calls) and not second
 
 
 def test_networks_keep_their_processors_names() -> None:
