@@ -186,7 +186,8 @@ def test_a_run_that_is_kept(pipe, lists: Path, tmp_path: Path) -> None:
     run = pipe.stream(SAID, seed=3, wildcards=lists, steps=2, save_state=tmp_path / "run.state", save_every=1)
     next(iter(run))
     run.close()
-    assert pipe.resume(tmp_path / "run.state").image.tobytes() == whole.image.tobytes()
+    resumed = pipe.resume(tmp_path / "run.state")
+    assert resumed.image.tobytes() == whole.image.tobytes() and resumed.recipe == whole.recipe and resumed.recipe["drawn"]
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": [3, 4, 5], "variation_seed": 5, "variation_strength": 0.3}, {"seed": [9, 2, 7]}, {"guiders": ["apg", "pag"]},
@@ -202,7 +203,7 @@ def test_a_batch_of_different_texts_that_is_kept(pipe, lists: Path, tmp_path: Pa
     resumed = pipe.resume(tmp_path / "run.state")
     assert [image.tobytes() for image in resumed.images] == [image.tobytes() for image in whole.images]
     assert resumed.seeds == whole.seeds and [one.prompt.text for one in resumed.plan.pictures] == [one.prompt.text for one in whole.plan.pictures]
-    assert not [note for note in resumed.notes if "differ" in note]
+    assert resumed.recipe == whole.recipe and not [note for note in resumed.notes if "differ" in note]
 
 
 def test_latents_of_different_texts_are_not_kept(pipe, lists: Path, tmp_path: Path) -> None:

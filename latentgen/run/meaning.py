@@ -183,3 +183,10 @@ def _origin(said: Request, now: Request, drawn: tuple[str, ...] = ()) -> dict[st
     template = {name: getattr(said, name) for name in PROMPTS if getattr(said, name) != getattr(now, name)}
     told = {"template": template, "styled_with": list(said.styles), "drawn": list(drawn)}
     return {name: value for name, value in told.items() if value}
+
+
+def origin_told(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe, which may come from a file and say anything, tells of how a picture's words came about; see `Plan.origin`."""
+    told = {name: recipe.get(name) for name in ("template", "styled_with", "drawn")}
+    return {name: value for name, value in told.items() if isinstance(value, dict if name == "template" else list)
+            and all(isinstance(text, str) for text in (value.values() if isinstance(value, dict) else value))}

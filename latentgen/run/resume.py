@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from latentgen.errors import RequestError
 from latentgen.models.quantise.ways import CHOICES
 from latentgen.run.ladder import holding
-from latentgen.run.meaning import together
+from latentgen.run.meaning import origin_told, together
 from latentgen.run.recipe import Recipe, make_recipe, speed_of
 from latentgen.run.state import Keeper, State, begun, checked_every, checked_path, read_state
 
@@ -95,9 +95,9 @@ def resumed(pipe: Pipeline, state: State, path: str | Path | None, every: int | 
 def _planned(pipe: Pipeline, state: State) -> Plan:
     """The plan of a state's recipe: of one request, or of pictures with texts of their own."""
     cells = Recipe(state.recipe).cells
+    plans = [replace(pipe.plan(cell.request(**state.pictures)), origin=origin_told(cell.data)) for cell in cells or (Recipe(state.recipe),)]
     if not cells:
-        return pipe.plan(state.request())
-    plans = [pipe.plan(cell.request(**state.pictures)) for cell in cells]
+        return plans[0]
     noise = [plan.noise for plan in plans]
     varied = tuple(seed for one in noise for seed in one.variations) or None
     whole = plans[0].request.replace(batch=len(plans), seed=tuple(seed for one in noise for seed in one.own), variation_seed=varied)

@@ -82,14 +82,6 @@ class State:
         raise RequestError("classifier is missing: give the one that leads the run" if led else
                            "classifier is given but none leads the run: leave it out")
 
-    def request(self) -> Request:
-        """The request that was interrupted.
-
-        Raises:
-            RequestError: the file was altered and says what no request can.
-        """
-        return Recipe(self.recipe).request(**self.pictures)
-
     def check(self, now: Mapping[str, Any]) -> tuple[str, ...]:
         """Whether a run of the recipe `now` is the one that was interrupted; notes on what may change its last bits.
 
