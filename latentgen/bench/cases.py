@@ -111,7 +111,7 @@ def _loading(work: Path, steps: int, rounds: int, threads: int) -> dict[str, Any
 CASES: Mapping[str, Case] = {
     "sd15": Case("SD 1.5, 512x512, guided", _pipelines(SD15, side=512, scale=7.5, stock=True)),
     "glyph": Case("glyph, 256x256, guided", _glyph),
-    "sdxl": Case("SDXL at reduced depth, 512x512, guided", _pipelines(SDXL, side=512, scale=5.0, stock=False)),
+    "sdxl": Case("SDXL at reduced depth, 1024x1024, guided", _pipelines(SDXL, side=1024, scale=5.0, stock=False)),
     "sd3": Case("SD3-medium at reduced depth, 512x512, guided", _pipelines(SD3, side=512, scale=7.0, stock=False)),
     "load": Case("SD 1.5 loaded, and its first picture in one step", _loading),
     **{f"gpu-{name}-{side}": Case(f"{label}, {side}x{side}, on a GPU", gpu.speed(architecture, side=side, scale=scale, negative=negative), gpu=True)
