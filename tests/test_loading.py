@@ -147,6 +147,20 @@ def test_a_promised_network_makes_the_very_picture_of_one_that_was_cast_at_once(
 
 
 @packed_here
+def test_8_bit_floats_are_promised_likewise(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = shutil.copytree(folder("flux1"), tmp_path / "eight")
+    file = next((place / "transformer").glob("*.safetensors"))
+    save_file({name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for name, t in load_file(file).items()}, file, {"format": "pt"})
+    pipe = load(place)
+    with pipe.residency.use("denoiser") as modules:
+        kernels = [m.kernel for m in modules["transformer"].modules() if isinstance(m, PackedLinear)]
+        assert kernels and all(isinstance(kernel.plain, Promised) for kernel in kernels)
+    made = draw(pipe)
+    monkeypatch.setattr("latentgen.run.residency.promised", lambda module, **machine: ())
+    assert torch.equal(made.latents, draw(load(place)).latents)
+
+
+@packed_here
 def test_by_stage_it_is_promised_anew(folder: Any) -> None:
     pipe, resident = load(folder("sd15"), residency="stage"), load(folder("sd15"))
     for _ in range(2):

@@ -32,7 +32,8 @@ def recast(stored: Tensor, dtype: torch.dtype, *, layout: torch.memory_format = 
     row = max(1, source[:1].numel())
     rows = max(1, PIECE * torch.get_num_threads() // row)
     between = _scratch(source, rows, torch.float32) if {stored.dtype, dtype} == HALVES else None  # the way by float32 is the one with vectors
-    ordered = None if flat else _scratch(source, rows, dtype)  # converted before it is put in order: the other way round is slower
+    # converted before it is put in order: the other way round is slower
+    ordered = None if flat or stored.dtype == dtype else _scratch(source, rows, dtype)
     ends: list[Tensor] = []
     for start in range(0, len(source), rows):
         piece, place = source[start:start + rows], target[start:start + rows]
