@@ -12,14 +12,18 @@ import pytest
 import torch
 from test_full_size import Shelf
 from tiny_folders import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import latentgen
 from latentgen.cli import app
 from latentgen.errors import RequestError
+from latentgen.models.fast import attention, onednn
 from latentgen.run import budget as budget_module
+from latentgen.run import speed
 from latentgen.run.budget import fitted, memory_bytes
 from latentgen.run.forecast import forecast
+from latentgen.run.ledger import KINDS
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES
 from latentgen.run.speed import speeds
@@ -173,9 +177,40 @@ def test_a_pipeline_loaded_for_a_memory(tmp_path: Path) -> None:
 def test_speeds_are_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LATENTGEN_CONFIG", str(tmp_path))
     first = speeds(torch.device("cpu"), torch.float32)
-    assert min(first.values()) > 1e6 and speeds(torch.device("cpu"), torch.float32) == first
+    assert min(first.values()) > 1e3 and speeds(torch.device("cpu"), torch.float32) == first
     (tmp_path / "speed.json").write_text("{broken")
     assert set(speeds(torch.device("cpu"), torch.float32)) == set(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_speeds_are_those_of_what_is_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed layers and blocked attention where networks are made of them, torch's own operators for the rest; all finite."""
+    for name in ("ENOUGH", "SAMPLE"):
+        monkeypatch.setattr(speed, name, 0.0)
+    seen: set[Any] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(attention, "in_blocks", lambda *args, way=attention.in_blocks: seen.add("in blocks") or way(*args))
+    with Seen():
+        rates = speed.measured(torch.device("cpu"), dtype)
+    packed = dtype == torch.bfloat16 and onednn.available()
+    assert set(rates) == {*KINDS, "copy"} and all(0 < rate < float("inf") for rate in rates.values())
+    assert (set(onednn.products()) <= seen) == packed == ("in blocks" in seen) and torch.ops.aten.addmm.default in seen
+
+
+def test_what_was_measured_otherwise_is_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATENTGEN_CONFIG", str(tmp_path))
+    made = []
+    monkeypatch.setattr(speed, "measured", lambda *args: made.append(args) or dict.fromkeys((*KINDS, "copy"), 1e9))
+    monkeypatch.setattr(speed, "VERSION", speed.VERSION - 1)
+    speeds(torch.device("cpu"), torch.float32), speeds(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(speed, "VERSION", speed.VERSION + 1)
+    speeds(torch.device("cpu"), torch.float32)
+    assert len(made) == 2
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

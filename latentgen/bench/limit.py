@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from latentgen.run.ledger import ARITHMETIC
 from latentgen.run.rehearsal import rehearse
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ TRIES = 5
 
 def flops(pipe: Pipeline, plan: Plan) -> float:
     """Floating-point operations of a plan, all stages, counted on paper for the plain networks: a product and a sum are two."""
-    return float(sum(sum(kinds.values()) for kinds in rehearse(pipe.checkpoint, pipe.family, plan).flops.values()))
+    work = rehearse(pipe.checkpoint, pipe.family, replace(plan, speed="plain")).work
+    return float(sum(kinds[kind] for kinds in work.values() for kind in ARITHMETIC))
 
 
 def matrix_speed(device: torch.device | None = None) -> float:

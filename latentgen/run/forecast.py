@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.models.modulation import modulation_names
 from latentgen.models.streamed import blocks, weight_bytes
+from latentgen.run.ledger import ARITHMETIC
 from latentgen.run.rehearsal import paper_parts, rehearse
 from latentgen.run.residency import STREAMED, STREAMING
 
@@ -79,43 +80,49 @@ def forecast(checkpoint: Checkpoint, family: Family, plan: Plan, *, speeds: Mapp
     """Predict what a plan needs.
 
     Args:
-        speeds: kind of arithmetic -> operations a second, and "copy" -> bytes a second that come to the device; None leaves time out.
+        speeds: kind of work -> how much a second, and "copy" -> bytes a second that come to the device; None leaves time out.
     """
     rehearsed = rehearse(checkpoint, family, plan)
-    held = {stage: held_bytes(checkpoint, stage, plan) for stage in rehearsed.activations}
+    held = {stage: held_bytes(checkpoint, stage, plan, rehearsed.packed) for stage in rehearsed.activations}
     stages = {stage: Need(held[stage], activations) for stage, activations in rehearsed.activations.items()}
     seconds: dict[Stage, float] = {}
     if speeds:
         brought = _brought(checkpoint, plan) / speeds["copy"]
         seconds = {stage: sum(number / speeds[kind] for kind, number in kinds.items()) + (brought if stage == "denoiser" else 0.0)
-                   for stage, kinds in rehearsed.flops.items()}
-    return Forecast(stages, seconds, sum(number for kinds in rehearsed.flops.values() for number in kinds.values()), budget)
+                   for stage, kinds in rehearsed.work.items()}
+    return Forecast(stages, seconds, sum(kinds[kind] for kinds in rehearsed.work.values() for kind in ARITHMETIC), budget)
 
 
-def held_bytes(checkpoint: Checkpoint, stage: Stage, plan: Plan) -> int:
-    """Bytes of weights on the device in a stage, once every stage has been."""
+def held_bytes(checkpoint: Checkpoint, stage: Stage, plan: Plan, packed: Mapping[str, Mapping[str, int]]) -> int:
+    """Bytes of weights on the device in a stage, once every stage has been.
+
+    Args:
+        packed: part -> layer -> bytes of those that are packed, as far as the run calls them.
+    """
     parts, policy = paper_parts(checkpoint, plan), plan.residency
     if policy == "resident":
-        return sum(weight_bytes(module) for module in parts.values())
-    weights = [_weights(module) for part, module in parts.items() if stage in part.stages]
+        return sum(weight_bytes(module) + sum(packed[part.name].values()) for part, module in parts.items())
+    weights = [_weights(module, packed[part.name]) for part, module in parts.items() if stage in part.stages]
     if policy not in STREAMING or stage not in STREAMED:
         return sum(outside + sum(sizes) for outside, sizes in weights)
     ahead = 1 if plan.device.startswith("cpu") else 2  # the next one comes while one computes
     return sum(outside for outside, _ in weights) + ahead * max((size for _, sizes in weights for size in sizes), default=0)
 
 
-def _weights(module: nn.Module) -> tuple[int, tuple[int, ...]]:
+def _weights(module: nn.Module, packed: Mapping[str, int]) -> tuple[int, tuple[int, ...]]:
     """Bytes outside of blocks, and of each block; without the modulations, whose answers are known before the first step."""
-    left = {name: weight_bytes(module.get_submodule(name)) for name in modulation_names(module)}
-    sizes = {name: weight_bytes(module.get_submodule(name)) - sum(size for head, size in left.items() if head.startswith(f"{name}."))
-             for name in blocks(module)}
-    return weight_bytes(module) - sum(left.values()) - sum(sizes.values()), tuple(sizes.values())
+    def size(name: str) -> int:
+        return weight_bytes(module.get_submodule(name)) + sum(count for layer, count in packed.items() if f"{layer}.".startswith(f"{name}."))
+
+    left = {name: size(name) for name in modulation_names(module)}
+    sizes = {name: size(name) - sum(count for head, count in left.items() if head.startswith(f"{name}.")) for name in blocks(module)}
+    return weight_bytes(module) + sum(packed.values()) - sum(left.values()) - sum(sizes.values()), tuple(sizes.values())
 
 
 def _brought(checkpoint: Checkpoint, plan: Plan) -> float:
     """Bytes of blocks that come to the device while a run samples, where they are streamed."""
     if plan.residency not in STREAMING:
         return 0.0
-    whole = sum(sum(_weights(module)[1]) for part, module in paper_parts(checkpoint, plan).items() if "denoiser" in part.stages)
+    whole = sum(sum(_weights(module, {})[1]) for part, module in paper_parts(checkpoint, plan).items() if "denoiser" in part.stages)
     calls = plan.evaluations * len(plan.seeds) / (plan.rows * (1 if plan.request.split_guidance or plan.batching == "off" else 2))
     return whole * calls

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from latentgen.models.family import Family, Part, Stage
-from latentgen.models.paper import paper_part
+from latentgen.models.paper import packed_bytes, paper_part, unused
 from latentgen.pixels.upscale import UPSCALERS
 from latentgen.run.ledger import KINDS, Ledger
 from latentgen.run.memo import Memo
-from latentgen.run.residency import QUANTISED
+from latentgen.run.residency import QUANTISED, STREAMED, STREAMING
 from latentgen.run.work import Work
 from latentgen.run.workspace import on_cpu, on_gpu
 
@@ -46,24 +46,27 @@ class Rehearsed:
     """What a run will need beside its weights.
 
     Attributes:
-        activations: stage -> the most bytes of tensors alive in it; absent where the run has no such stage.
-        flops: stage -> kind of arithmetic -> floating-point operations of the whole run.
+        activations: stage -> the most bytes of tensors alive in it beside its weights; absent where the run has no such stage.
+        work: stage -> kind -> how much of it the whole run does, see `latentgen.run.ledger.KINDS`.
         kept: bytes that are still alive when the last picture is decoded.
+        packed: part -> layer -> bytes of its weight, packed; of those that the run calls.
     """
 
     activations: Mapping[Stage, int]
-    flops: Mapping[Stage, Mapping[str, float]]
+    work: Mapping[Stage, Mapping[str, float]]
     kept: int = 0
+    packed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class PaperResidency:
     """Stands for `Residency` in a rehearsal: parts with shapes only, and the ledger read at the end of each stage."""
 
     def __init__(self, parts: Mapping[Part, nn.Module], ledger: Ledger, dtype: torch.dtype) -> None:
-        self.parts, self.ledger, self.dtype = parts, ledger, dtype
+        self.parts = {part: unused(module) for part, module in parts.items()}
+        self.ledger, self.dtype = ledger, dtype
         self.device = torch.device("cpu")  # where inputs are made, in numbers; what meets a weight is paper from there on
         self.peaks: dict[Stage, int] = {}
-        self.flops: dict[Stage, dict[str, float]] = {}
+        self.work: dict[Stage, dict[str, float]] = {}
 
     def check(self) -> None:
         """There is nothing to read."""
@@ -72,15 +75,24 @@ class PaperResidency:
     def use(self, stage: Stage, *, dtype: torch.dtype | None = None, policy: str | None = None,
             quantise: str | None = None) -> Iterator[dict[str, nn.Module]]:
         """As `Residency.use`."""
-        before = dict(self.ledger.flops)
+        before = dict(self.ledger.work)
         self.ledger.restart()
         try:
             yield {part.name: module for part, module in self.parts.items() if stage in part.stages}
         finally:
-            self.peaks[stage] = max(self.peaks.get(stage, 0), self.ledger.peak)
-            done = self.flops.setdefault(stage, dict.fromkeys(KINDS, 0.0))
+            self.peaks[stage] = max(self.peaks.get(stage, 0), self.ledger.peak - self.weights())
+            done = self.work.setdefault(stage, dict.fromkeys(KINDS, 0.0))
             for kind in KINDS:
-                done[kind] += self.ledger.flops[kind] - before[kind]
+                done[kind] += self.ledger.work[kind] - before[kind]
+
+
+    def packed(self) -> dict[str, dict[str, int]]:
+        """Part -> layer -> bytes of its packed weight, as far as they were called."""
+        return {part.name: packed_bytes(module) for part, module in self.parts.items()}
+
+    def weights(self) -> int:
+        """Bytes of packed weights, which the ledger counts like every tensor that is made."""
+        return sum(sum(layers.values()) for layers in self.packed().values())
 
 
 class _Kept:
@@ -109,12 +121,18 @@ _rehearsals, _decodings, _parts = _Kept(KEPT), _Kept(KEPT), _Kept(KEPT_PARTS)
 
 def paper_parts(checkpoint: Checkpoint, plan: Plan) -> Mapping[Part, nn.Module]:
     """Every part on paper as a plan holds it, or those made before."""
-    def made() -> Mapping[Part, nn.Module]:
-        return {part: paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype),
-                                 quantise=plan.quantise if QUANTISED & {*part.stages} else None)
-                for part in checkpoint.family.parts}
+    def one(part: Part) -> nn.Module:
+        streamed = plan.residency in STREAMING and set(STREAMED) & {*part.stages}
+        return paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype), 
+                          quantise=plan.quantise if QUANTISED & {*part.stages} else None,
+                          speed="plain" if streamed else plan.speed, device=torch.device(plan.device))
 
-    return _parts.get(_digest([_configs(checkpoint), plan.dtype, plan.quantise]), made)
+    return _parts.get(_digest([_configs(checkpoint), _held(plan)]), lambda: {part: one(part) for part in checkpoint.family.parts})
+
+
+def _held(plan: Plan) -> tuple[Any, ...]:
+    """What the modules of a plan hang on beside their configs."""
+    return plan.dtype, plan.quantise, plan.speed, plan.device, plan.residency in STREAMING
 
 
 def rehearse(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
@@ -123,16 +141,18 @@ def rehearse(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
     Raises:
         What the run itself would raise that hangs on no numbers.
     """
-    key, last = _key(checkpoint, plan), plan.passes[-1]
+    key, one = _key(checkpoint, plan), plan.passes[-1]
     made = _rehearsals.get(key, lambda: _sampled(checkpoint, family, plan))
-    size = [_configs(checkpoint), plan.dtype, plan.quantise, plan.device, last.width, last.height, last.tile]
-    peak, flops = _decodings.get(_digest(size), lambda: _decoded(checkpoint, family, plan))
+    size = [_configs(checkpoint), _held(plan), one.width, one.height, one.tile]
+    last = _decodings.get(_digest(size), lambda: _decoded(checkpoint, family, plan))
     pictures = len(plan.seeds)
     # on a CPU, finished pictures lie beside it as they are decoded, and once more when they are joined
-    beside = (pictures - 1) * 2 * 3 * 4 * last.width * last.height if plan.device.startswith("cpu") else 0
+    beside = (pictures - 1) * 2 * 3 * 4 * one.width * one.height if plan.device.startswith("cpu") else 0
     earlier = made.activations.get("decoder", 0)  # of a picture that was decoded between two passes
-    decoder = {kind: value * pictures + made.flops.get("decoder", {}).get(kind, 0.0) for kind, value in flops.items()}
-    return Rehearsed({**made.activations, "decoder": max(peak + made.kept + beside, earlier)}, {**made.flops, "decoder": decoder}, made.kept)
+    decoder = {kind: value * pictures + made.work.get("decoder", {}).get(kind, 0.0) for kind, value in last.work["decoder"].items()}
+    packed = {part: {**layers, **last.packed[part]} for part, layers in made.packed.items()}
+    return Rehearsed({**made.activations, "decoder": max(last.activations["decoder"] + made.kept + beside, earlier)},
+                     {**made.work, "decoder": decoder}, made.kept, packed)
 
 
 def _ledger(plan: Plan) -> Ledger:
@@ -144,33 +164,45 @@ def _sampled(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
     count, pictures = min(len(plan.seeds), plan.rows), len(plan.seeds)
     shown = replace(plan, noise=replace(plan.noise, own=plan.noise.own[:count], variations=plan.noise.variations[:count]))
     seen, sampling, x, ledger = [0], dict.fromkeys(KINDS, 0.0), None, _ledger(plan)
-    residency = PaperResidency(paper_parts(checkpoint, plan), ledger, getattr(torch, plan.dtype))
+    parts = paper_parts(checkpoint, plan)
     with torch.no_grad(), ledger:
+        residency = PaperResidency(parts, ledger, getattr(torch, plan.dtype))
         work = _PaperWork(replace(family, predict=_counted(family, seen)), checkpoint, residency, Memo(), shown)  # type: ignore[arg-type]
         readied = [(work.scripts(one), work.source_latents(one)) for one in plan.passes]
         for n, (one, (scripts, z0)) in enumerate(zip(plan.passes, readied, strict=True)):
             eps = torch.zeros(count, *family.latent.shape(one.width, one.height))
             x = work.start(one, z0, eps, None if x is None else _larger(work, plan.passes[n - 1], one, x))
-            began = dict(ledger.flops)
+            stages = [dict(ledger.work)]
             with residency.use("denoiser") as modules:
                 denoise = work.denoiser(one, modules, scripts, z0, eps)
-                before, seen[0] = dict(ledger.flops), 0
-                x = denoise(x, max(one.levels[:-1], key=lambda level: _guided_at(plan, family, level)))
-                for kind in KINDS:
-                    sampling[kind] += before[kind] - began[kind] + (ledger.flops[kind] - before[kind]) / max(seen[0], 1) * one.evaluations * pictures
-            del modules, denoise
-        kept = ledger.live
-    return Rehearsed(dict(residency.peaks), {stage: dict(kinds) for stage, kinds in residency.flops.items()} | {"denoiser": sampling}, kept)
+                level = max(one.levels[:-1], key=lambda level: _guided_at(plan, family, level))
+                seen[0], x0 = 0, None
+                for _ in range(1 if plan.approximate else 2):  # in the first weights are packed and words read; some caches leave the next one out
+                    stages.append(dict(ledger.work))
+                    x0 = None
+                    x0 = denoise(x, level)
+                stages.append(dict(ledger.work))
+            each = seen[0] / (len(stages) - 2)
+            for kind in KINDS:
+                before, begun, *further = (stage[kind] for stage in stages)
+                last = further[-1] - (further[-2] if further[1:] else begun)
+                sampling[kind] += further[0] - before + last * (one.evaluations * pictures / max(each, 1) - 1)
+            x = x0
+            del modules, denoise, x0
+        kept = ledger.live - residency.weights()
+    return Rehearsed(dict(residency.peaks), {stage: dict(kinds) for stage, kinds in residency.work.items()} | {"denoiser": sampling}, kept,
+                     residency.packed())
 
 
-def _decoded(checkpoint: Checkpoint, family: Family, plan: Plan) -> tuple[int, Mapping[str, float]]:
-    """Peak bytes and arithmetic of one picture's decoding."""
+def _decoded(checkpoint: Checkpoint, family: Family, plan: Plan) -> Rehearsed:
+    """One picture's decoding."""
     ledger, last = _ledger(plan), plan.passes[-1]
-    residency = PaperResidency(paper_parts(checkpoint, plan), ledger, getattr(torch, plan.dtype))
+    parts = paper_parts(checkpoint, plan)
     z = torch.zeros(1, *family.latent.shape(last.width, last.height))
     with torch.no_grad(), ledger:
+        residency = PaperResidency(parts, ledger, getattr(torch, plan.dtype))
         _PaperWork(family, checkpoint, residency, Memo(), plan).pixels(last, z)  # type: ignore[arg-type]
-    return residency.peaks["decoder"], residency.flops["decoder"]
+    return Rehearsed(residency.peaks, residency.work, 0, residency.packed())
 
 
 class _PaperWork(Work):
@@ -210,8 +242,7 @@ def _key(checkpoint: Checkpoint, plan: Plan) -> str:
     passes = [(one.width, one.height, one.tile if edits else None, one.evaluations, None if one.source is None else one.source.mask is None)
               for one in plan.passes]
     return _digest([_configs(checkpoint), said, texts, passes, [picture.size for picture in plan.references], plan.task, len(plan.seeds), plan.rows,
-                    plan.batching, plan.dtype, plan.quantise, plan.device, plan.guidance_interval, plan.weighting, plan.sampler,
-                    dict(plan.approximate)])
+                    plan.batching, _held(plan), plan.guidance_interval, plan.weighting, plan.sampler, dict(plan.approximate)])
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -286,7 +286,7 @@ class Work:
                 return [whole(z[n:n + 1])[0] for n in which]
 
         def decoded(dtype: torch.dtype) -> Tensor:
-            return torch.stack(self.team.shared(partial(some, dtype=dtype), len(z), z.new_empty((3, one.height, one.width)))).cpu()
+            return torch.stack(self.team.shared(partial(some, dtype=dtype), len(z), z.new_empty(()).expand(3, one.height, one.width))).cpu()
 
         pixels, said = once_more("the picture was decoded", decoded, self.residency.dtype)
         self.notes.extend(said)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 CACHED = 2**20  # scores of a block for each thread: two megabytes, what a core keeps near
 BATCHED, BLOCKS = 2**11, 2**15  # scores of a head from which all heads in one product pay, and from which blocks do
@@ -34,6 +34,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Te
     Returns:
         (B, H, n, d), laid out as (B, n, H, d), so that joining the heads costs no copy.
     """
+    if has_torch_function((q, k, v)):  # a mode listens, as to torch's own functions
+        return handle_torch_function(attend, (q, k, v), q, k, v, scale=scale)
     way = ways(q, k, v)
     if way is None:
         return scaled_dot_product_attention(q, k, v, scale=scale)
@@ -46,7 +48,9 @@ def ways(q: Tensor, k: Tensor, v: Tensor) -> Way | None:
     Measured on a CPU with AVX512-BF16 and no AMX, one thread: blocks take 0.24 to 0.5 of the kernel's time from 256 x 77 scores and 40 channels of a
     head to 4096 x 4096 and 512; one product for all heads takes 0.5 to 0.8 from 64 x 64 to 128 x 128.
     """
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.ndim != 4 or q.shape[1] != k.shape[1] or torch.get_num_threads() > THREADS:
+    if q.dtype != torch.bfloat16 or q.device.type not in ("cpu", "meta") or torch.get_num_threads() > THREADS:
+        return None
+    if q.ndim != 4 or q.shape[1] != k.shape[1]:
         return None
     scores = q.shape[2] * k.shape[2]
     return None if scores < BATCHED else all_heads if scores < BLOCKS else in_blocks
@@ -68,7 +72,7 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     scale = channels**-0.5 if scale is None else scale
     out = torch.empty(batch, rows, heads, channels, dtype=q.dtype, device=q.device).transpose(1, 2)
     bounds = (_longest(q) * _longest(k) * (abs(scale) * LOG2_E)).tolist()
-    step = min(rows, max(32, CACHED * torch.get_num_threads() // k.shape[2] // 32 * 32))
+    step = _step(rows, k.shape[2])
     scores = torch.empty(step, k.shape[2], dtype=q.dtype, device=q.device)
     for n in range(batch):
         for h in range(heads):
@@ -77,6 +81,22 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
                 block = q[n, h, first:first + step]
                 one(block, k[n, h].t(), v[n, h], scores[:len(block)], scale, out[n, h, first:first + step])
     return out
+
+
+def _step(rows: int, keys: int) -> int:
+    """Rows of a block."""
+    return min(rows, max(32, CACHED * torch.get_num_threads() // keys // 32 * 32))
+
+
+def working_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """What the way that these shapes go takes beside its arguments and its answer."""
+    way, size = ways(q, k, v), q.element_size()
+    if way is None:
+        return 0
+    if way is all_heads:  # two of the scores, the answer once more before it is laid out, and of several pictures the values in another order
+        return size * (2 * q.shape[:3].numel() * k.shape[2] + q.numel() + (k.numel() if len(q) > 1 else 0))
+    step = _step(q.shape[2], k.shape[2])
+    return size * step * (2 * k.shape[2] + q.shape[3])  # where scores may be large, softmax writes them once more
 
 
 def _longest(x: Tensor) -> Tensor:
@@ -116,7 +136,7 @@ class Attending(TorchFunctionMode):
                                                             for value in _rest(args, kwargs)):
             q, k, v = (*args[:3], *(kwargs[name] for name in NAMES[len(args):]))
             if (way := self.choose(q, k, v)) is not None:
-                return way(q, k, v, kwargs.get("scale"))
+                return attend(q, k, v, scale=kwargs.get("scale")) if self.choose is ways else way(q, k, v, kwargs.get("scale"))
         return func(*args, **kwargs)
 
 

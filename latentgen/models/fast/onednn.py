@@ -6,9 +6,9 @@ every one of them: where one fails, networks stay as they were loaded. Results a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,3 +91,46 @@ def convolution_plus(x: Tensor, other: Tensor, packed: Tensor, bias: Tensor | No
     """act(x * W + b + other), `other` of the result's shape."""
     then = None if act == "none" else act
     return torch.ops.mkldnn._convolution_pointwise.binary(x, other, packed, bias, at.padding, at.stride, at.dilation, 1, "add", None, then, [], None)
+
+
+def on_paper() -> Mapping[Any, Callable[..., Tensor]]:
+    """What these operators give for tensors with shapes and no numbers: operator -> a function of its arguments. {} where there are none."""
+    if not available():
+        return {}
+    ops = torch.ops.mkldnn
+    return {ops._reorder_linear_weight.default: _packed_on_paper, ops._reorder_convolution_weight.default: _packed_on_paper,
+            ops._get_mkldnn_serialized_md.default: lambda packed: _order(*packed.how),
+            ops._linear_pointwise.binary: lambda x, other, *_: other.new_empty(other.shape),
+            ops._convolution_pointwise.binary: lambda x, other, *_: torch.empty_like(other, memory_format=torch.channels_last)}
+
+
+@lru_cache
+def products() -> Mapping[Any, tuple[str, int]]:
+    """Those that multiply: operator -> "linear" or "convolution", and the place of the weight among its arguments."""
+    if not available():
+        return {}
+    ops = torch.ops.mkldnn
+    return {ops._linear_pointwise.default: ("linear", 1), ops._linear_pointwise.binary: ("linear", 2),
+            ops._convolution_pointwise.default: ("convolution", 1), ops._convolution_pointwise.binary: ("convolution", 2)}
+
+
+def packings() -> frozenset[Any]:
+    """Those that pack a weight."""
+    ops = torch.ops.mkldnn
+    return frozenset((ops._reorder_linear_weight.default, ops._reorder_convolution_weight.default)) if available() else frozenset()
+
+
+def _packed_on_paper(weight: Tensor, *how: Any) -> Tensor:
+    made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    made.how = (len(how) > 1, weight.shape, weight.dtype,  # type: ignore[attr-defined]
+                *(tuple(each) if isinstance(each, (list, tuple)) else each for each in how))
+    return made
+
+
+@lru_cache(256)
+def _order(image: bool, shape: tuple[int, ...], dtype: torch.dtype, *how: Any) -> Tensor:
+    """Asked of oneDNN itself, with weights of that shape: what it takes hangs on the processor."""
+    ops, weight = torch.ops.mkldnn, torch.empty(shape, dtype=dtype)
+    if not image:
+        return ops._get_mkldnn_serialized_md(ops._reorder_linear_weight(weight, *how))
+    return ops._get_mkldnn_serialized_md(ops._reorder_convolution_weight(weight.contiguous(memory_format=torch.channels_last), *how))
