@@ -129,7 +129,7 @@ def network(device: Device, count: int = 4, *, pinned: bool = True) -> nn.Module
     net = nn.Module()
     net.blocks = nn.ModuleList(Block(device, n) for n in range(count))
     for n in range(count):
-        stream(net, Stored(f"blocks.{n}", {"weight": torch.full((4,), float(n))}, lambda name, t: t, lambda t: None, pinned), Lane(HERE))
+        stream(net, Stored(f"blocks.{n}", {"weight": torch.full((4,), float(n))}, lambda name, t: {name: t}, lambda t: None, pinned), Lane(HERE))
     return on_lane(net, Lane(HERE, side=Side(HERE)))
 
 
@@ -211,7 +211,7 @@ def test_on_a_gpu_two_blocks_are_there_and_the_answer_is_right() -> None:
     net.blocks = nn.ModuleList(nn.Linear(2048, 2048, bias=False, device="meta") for _ in range(count))
     for n in range(count):
         weight = torch.eye(2048) * (n + 1) / 8
-        stream(net, Stored(f"blocks.{n}", {"weight": weight}, lambda name, t: t, lambda t: None, True), Lane(HERE))
+        stream(net, Stored(f"blocks.{n}", {"weight": weight}, lambda name, t: {name: t}, lambda t: None, True), Lane(HERE))
     own, x = on_lane(net.requires_grad_(False), Lane(place)), torch.ones(64, 2048, device=place)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -78,8 +78,9 @@ class Stored:
         """The numbers in page-locked memory, made once; None where the system gives no more of it."""
         with self._lock:
             if self._kept is None and self.pinned:
+                made = self._made()
                 try:
-                    self._kept = {name: tensor.pin_memory() for name, tensor in self._made().items()}
+                    self._kept = {name: tensor.pin_memory() for name, tensor in made.items()}
                 except RuntimeError as error:
                     log.info("no page-locked memory for %s, which is read from its file each time: %s", self.name, str(error).splitlines()[0])
                     self.pinned = False
