@@ -181,8 +181,8 @@ MACHINE: Group = (
             default=False),
     _option(_M, "device", str, "--device", "auto (the GPU if there is one), cpu, cuda, cuda:1 or mps.", default="auto", metavar="NAME"),
     _option(_M, "dtype", str, "--dtype", "Numbers of the networks: auto, float32, bfloat16 or float16.", default="auto", metavar="NAME"),
-    _option(_M, "quantise", str | None, "--quantise", "int8, fp8, int4: weights of text encoders and denoiser in so many bits; stored: "
-                                                      "packed as a GGUF or fp8 file has them.", metavar="NAME"),
+    _option(_M, "quantise", str | None, "--quantise", "int8, int8_dynamic, fp8, int4: weights in so many bits; "
+            "stored: packed as their file has them; auto: where memory asks for it.", metavar="NAME"),
     _option(_M, "attention", str | None, "--attention", "On a CUDA device: flash, cudnn, efficient, math, or measured (the fastest, kept). "
                                                         "Default: torch chooses.", metavar="NAME"),
     _option(_M, "tuned", bool, "--tuned", "Take the approximations that `latentgen tune` found for this model here; the notes say which.",

@@ -73,7 +73,8 @@ def load(source: str | Path | None = "glyph", *, device: str = "auto", dtype: st
         config: configs for a file: a published variant's name, or a folder in diffusers layout.
         allow_pickle: read .ckpt, .bin and .pt files, too, their tensors alone; without it they are refused.
         quantise: "int8", "fp8" or "int4" holds the weights of text encoders and denoiser in so many bits: less memory, a little slower, another
-            picture of the same kind (docs/approximate.md). "stored" leaves packed what a GGUF or fp8 file has packed: the picture is the same.
+            picture of the same kind (docs/approximate.md); "int8_dynamic" computes in 8 bits, too. "stored" leaves packed what a GGUF or fp8 file
+            has packed: the picture is the same.
             "auto" holds them so, or in 8 or 4 bits, only where memory= asks for it or memory runs out.
         attention: on a CUDA device, the kernel that computes it: "flash", "cudnn", "efficient" or "math", "measured" for the fastest of each kind of
             shapes (measured once, then kept), or a table as recipes hold it; None leaves the choice to PyTorch.

@@ -134,3 +134,24 @@ def _order(image: bool, shape: tuple[int, ...], dtype: torch.dtype, *how: Any) -
     if not image:
         return ops._get_mkldnn_serialized_md(ops._reorder_linear_weight(weight, *how))
     return ops._get_mkldnn_serialized_md(ops._reorder_convolution_weight(weight.contiguous(memory_format=torch.channels_last), *how))
+
+
+@lru_cache
+def whole_available() -> bool:
+    """Whether this torch and this processor have products of whole numbers with exact sums (some processors clip pairs of products at 16 bits)."""
+    codes, tokens = torch.full((4, 64), 127, dtype=torch.int8), torch.full((3, 64), 255, dtype=torch.uint8)
+    try:
+        return bool((whole_linear(tokens, pack_whole(codes), torch.ones(4)) == 64 * 127 * 127).all())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def pack_whole(codes: Tensor) -> Tensor:
+    """(out, in) int8 in the order in which this processor reads them; opaque, of the same bytes."""
+    return torch.ops.onednn.qlinear_prepack(codes, None)
+
+
+def whole_linear(tokens: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Whole numbers (n, in), each 128 more than it stands for, as uint8, by packed ones and the scale (out,) of their rows: (n, out) float32."""
+    zeros = torch.zeros(len(scale), dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(tokens, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")

@@ -17,6 +17,9 @@ def prepare(module: nn.Module, *, speed: str, device: torch.device) -> nn.Module
     Exact: on a CPU which multiplies bf16, the leaves and small blocks of diffusers' networks in bf16 are swapped; nothing changes but rounding. Every
     other network stays as it was loaded, in float32 bit for bit.
     """
+    from latentgen.models.fast.whole import pack_whole
+
+    pack_whole(module, device=device)
     weight = next(module.parameters(), None)
     if speed in ("plain", "graphs") or weight is None or not type(module).__module__.startswith("diffusers."):
         return module

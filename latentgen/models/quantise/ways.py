@@ -10,9 +10,10 @@ from math import gcd
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from latentgen.models.cast import NotFinite
+from latentgen.models.fast import onednn
 
 Parts = Mapping[str, Tensor]  # each (out, ...)
 PIECE = 2**18  # numbers that are made at once on a CPU, whose caches hold them
@@ -85,6 +86,43 @@ class Int8(Way):
         return made if bias is None else made.add_(bias)
 
 
+class Int8Dynamic(Int8):
+    """The same weights, and what they are multiplied with rounded to whole numbers, too: with a scale for each token, found as it comes."""
+
+    name = "int8_dynamic"
+
+    def product(self, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        """`parts["codes"]` may be in the order of `onednn.pack_whole`."""
+        if x.is_meta:
+            return super().product(x, parts, bias)
+        codes, each = parts["codes"], parts["scale"].squeeze(1)
+        tokens, scale = _rounded(x.reshape(-1, x.shape[-1]))
+        if codes.device.type == "cpu" and onednn.whole_available():
+            made = onednn.whole_linear(tokens, codes if codes.is_mkldnn else onednn.pack_whole(codes), each)
+        else:
+            made = _whole_product(tokens, codes) * each
+        made.mul_(scale)
+        return (made if bias is None else made.add_(bias)).to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, in) -> whole numbers from -127 to 127, kept as uint8 with 128 added, and the scale (n, 1) float32 of each row."""
+    tokens, scale = torch.empty_like(x, dtype=torch.uint8), torch.empty(len(x), 1, device=x.device)
+    rows = max(1, PIECE // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    for start in range(0, len(x), rows):
+        piece = x[start:start + rows].float()
+        scale[start:start + rows] = own = piece.abs().amax(dim=1, keepdim=True).div_(127).clamp_(min=1e-30)
+        tokens[start:start + rows] = piece.div(own).round_().add_(128)
+    return tokens, scale
+
+
+def _whole_product(tokens: Tensor, codes: Tensor) -> Tensor:
+    """`_rounded` tokens (n, in), codes (out, in) int8 -> (n, out) float32, exact sums. CUDA takes more than 16 rows, and eights of the rest."""
+    rows, columns = len(tokens), len(codes)
+    whole = pad((tokens.to(torch.int16) - 128).to(torch.int8), (0, -tokens.shape[1] % 8, 0, max(0, 17 - rows)))
+    return torch._int_mm(whole, pad(codes, (0, -codes.shape[1] % 8, 0, -columns % 8)).t())[:rows, :columns].float()
+
+
 class Fp8(Way):
     """A float8_e4m3fn for each weight, and a scale for each row: the largest of a row is 448 of it. Files may have it without scales."""
 
@@ -132,7 +170,7 @@ class Int4(Way):
         return (whole * scale.to(dtype)).flatten(1)
 
 
-WAYS: Mapping[str, Way] = {way.name: way for way in (Int8(), Fp8(), Int4())}
+WAYS: Mapping[str, Way] = {way.name: way for way in (Int8(), Int8Dynamic(), Fp8(), Int4())}
 STORED = "stored"  # packed weights of a file, as they are there
 AUTO = "auto"  # what a memory makes necessary
 CHOICES = (*WAYS, STORED, AUTO)
