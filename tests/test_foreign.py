@@ -217,6 +217,8 @@ def test_comfyui_custom_sampling() -> None:
     found = fields(from_prompt(custom), **expected)
     assert found.model == "dev.safetensors"
     noted(found, "one of a batch")
+    eight = from_prompt(custom | {"1": node("UNETLoader", unet_name="dev.safetensors", weight_dtype="fp8_e4m3fn_fast")})
+    noted(eight, "one of a batch", "weight_dtype 'fp8_e4m3fn_fast' held the weights in 8 bits: load the model with quantise='fp8'")
     pair = custom | {"5": node("CFGGuider", model=["1", 0], positive=["4", 0], negative=["16", 0], cfg=2.0),
                      "16": node("CLIPTextEncode", text="dog", clip=["2", 0])}
     fields(from_prompt(pair), **{k: v for k, v in expected.items() if k != "shift"}, negative_prompt="dog", true_cfg_scale=2.0)

@@ -32,7 +32,8 @@ _WIDGETS = {  # names of the values that older workflows list without them; None
     "KSamplerAdvanced": ("add_noise", "noise_seed", None, "steps", "cfg", "sampler_name", "scheduler", "start_at_step", "end_at_step",
                          "return_with_leftover_noise"),
     "SamplerCustom": ("add_noise", "noise_seed", None, "cfg"), "KSamplerSelect": ("sampler_name",), "RandomNoise": ("noise_seed",),
-    "BasicScheduler": ("scheduler", "steps", "denoise"), "CFGGuider": ("cfg",), "CLIPTextEncode": ("text",), "UNETLoader": ("unet_name",),
+    "BasicScheduler": ("scheduler", "steps", "denoise"), "CFGGuider": ("cfg",), "CLIPTextEncode": ("text",),
+    "UNETLoader": ("unet_name", "weight_dtype"),
     "CheckpointLoaderSimple": ("ckpt_name",), "EmptyLatentImage": ("width", "height", "batch_size"), "CLIPSetLastLayer": ("stop_at_clip_layer",),
     "LoraLoader": ("lora_name", "strength_model", "strength_clip"), "LoraLoaderModelOnly": ("lora_name", "strength_model"),
     "LoadImage": ("image",), "ConditioningZeroOut": (), "LatentUpscale": ("upscale_method", "width", "height", "crop"),
@@ -383,5 +384,7 @@ class _Reader:
                 found.take("approximate", self.said(one, "ratio"), merging)
             elif not found.model and (name := self.said(one, "ckpt_name", "unet_name", "model_name")):
                 found.model = base_name(name)
+                if str(held := self.said(one, "weight_dtype")).startswith("fp8"):
+                    found.note(f"weight_dtype {str(held)!r:.40} held the weights in 8 bits: load the model with quantise='fp8' for the like")
             elif "model" in inputs and one.get("class_type") != "Reroute":
                 found.note(f"the node {one.get('class_type')} changes the model, which has no equivalent here")
