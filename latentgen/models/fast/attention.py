@@ -19,6 +19,7 @@ CACHED = 2**20  # scores of a block for each thread: two megabytes, what a core 
 BATCHED, BLOCKS = 2**11, 2**15  # scores of a head from which all heads in one product pay, and from which blocks do
 THREADS = 16  # above, PyTorch's kernel, which gives each thread heads of its own, was not measured against this
 CALM = 100.0  # powers of two that neither overflow nor vanish when 2**20 of them are added up
+VECTOR, WIDE = 16, 64  # sums that a product makes at once; channels of a head of which a pass over the scores is a small part
 NAMES = ("query", "key", "value")
 LOG2_E = math.log2(math.e)
 Way = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]  # (q, k, v, scale) -> what they attend to
@@ -76,10 +77,10 @@ def in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     scores = torch.empty(step, k.shape[2], dtype=q.dtype, device=q.device)
     for n in range(batch):
         for h in range(heads):
-            one = _calm if bounds[n][h] <= CALM else _plain
+            one, values = (_calm, _counting(v[n, h])) if bounds[n][h] <= CALM else (_plain, v[n, h])
             for first in range(0, rows, step):
                 block = q[n, h, first:first + step]
-                one(block, k[n, h].t(), v[n, h], scores[:len(block)], scale, out[n, h, first:first + step])
+                one(block, k[n, h].t(), values, scores[:len(block)], scale, out[n, h, first:first + step])
     return out
 
 
@@ -105,11 +106,21 @@ def _longest(x: Tensor) -> Tensor:
 
 
 def _calm(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float, out: Tensor) -> None:
-    """One block whose scores are known to be small: no maximum is looked for."""
+    """One block whose scores are known to be small: no maximum is looked for. v: see `_counting`."""
     torch.addmm(scores, q, k, beta=0, alpha=scale * LOG2_E, out=scores)
     torch.exp2(scores, out=scores)
-    total = scores.sum(-1, keepdim=True)
-    torch.div(scores @ v, total, out=out)
+    made, channels = scores @ v, out.shape[1]
+    total = made[:, channels:channels + 1] if made.shape[1] > channels else scores.sum(-1, keepdim=True)
+    torch.div(made[:, :channels], total, out=out)
+
+
+def _counting(v: Tensor) -> Tensor:
+    """(m, d) values with columns of ones after them, as many as the processor's vectors have room for: the product then adds up the scores, too.
+
+    Measured: 40 channels take 0.88 to 0.94 of the time without; where there is no room, and from 64 channels on, it does not pay.
+    """
+    room = -v.shape[1] % VECTOR if v.shape[1] < WIDE else 0
+    return torch.cat([v, v.new_ones(len(v), room)], 1) if room else v
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scores: Tensor, scale: float, out: Tensor) -> None:
