@@ -136,7 +136,7 @@ def tables(net: nn.Module, calls: Sequence[tuple[Key, Callable[[nn.Module], Any]
     if found is None or not calls:
         return {}
     embedded = _embedded(found, net, calls)
-    if any(len(row) != 1 for answer in embedded.values() for row in (answer if isinstance(answer, tuple) else (answer,))):
+    if not embedded or any(len(row) != 1 for answer in embedded.values() for row in (answer if isinstance(answer, tuple) else (answer,))):
         return {}
     made: dict[str, dict[Key, Any]] = {} if found.end == FIRST_BLOCK else {found.end: embedded}
     each = {id(answer): answer[-1] if isinstance(answer, tuple) else answer for answer in embedded.values()}
@@ -163,7 +163,8 @@ def _embedded(found: Modulations, net: nn.Module, calls: Sequence[tuple[Key, Cal
                 call(short)
             except Ended as ended:
                 made[kind] = ended.answer
-        embedded[key] = made[kind]
+        if kind in made:  # a call that came to its end otherwise tells nothing
+            embedded[key] = made[kind]
     return embedded
 
 
