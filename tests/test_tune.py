@@ -75,6 +75,16 @@ def test_pictures_are_as_far_apart_as_they_are():
     assert tuning.psnr(Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))) == 99
 
 
+def test_weights_in_fewer_bits_are_shown_beside_and_not_kept(tiny_folder, fresh, monkeypatch):
+    monkeypatch.setattr("latentgen.models.quantise.held.LEAST", 1)
+    monkeypatch.setattr(tuning, "candidates", lambda kind: [{"deep_cache": {"interval": 2}}])
+    found = tuning.tune(tiny_folder, quality=0.0, prompts=["a cat"], dtype="float32", device="cpu", ways=("int8", "int4"), **SMALL)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert set(rows) == {"exact", "deep_cache interval 2", "quantise int8", "quantise int4"}
+    assert 99 > rows["quantise int8"]["psnr"] > rows["quantise int4"]["psnr"] and rows["quantise int8"]["approximate"] == {}
+    assert found["chosen"]["name"] in ("exact", "deep_cache interval 2") and read_tuned(key_of(fresh), "tiny").approximate == found["chosen"]["approximate"]
+
+
 @pytest.mark.parametrize(("said", "problem"), [({"quality": 1.5}, "quality is 1.5"), ({"quality": True}, "quality is True"), ({"prompts": []}, "prompts is empty"),
                                                ({"prompts": ["a cat"], "steps": 0}, "steps is 0")])
 def test_what_cannot_be_tuned(tiny_folder, said, problem):
@@ -144,6 +154,7 @@ def test_on_the_command_line(tiny_folder, config, monkeypatch, tmp_path):
     run = CliRunner().invoke
     small = ["--steps", "2", "--width", "64", "--height", "64"]
     told = run(app, ["tune", str(tiny_folder), "--quality", "0.1", "--prompt", "a cat", "--dtype", "float32", "--device", "cpu", *small])
+    assert "quantise int8_dynamic" in told.output
     assert told.exit_code == 0, told.output
     assert "deep_cache interval 2" in told.output and "kept for --tuned" in told.output
     keep_tuned(next(iter(read_kept("tuned"))), FOUND)

@@ -43,7 +43,8 @@ def candidates(kind: Kind) -> list[Approximate]:
 
 
 def tune(model: str | Path = "glyph", *, quality: float = 0.98, prompts: Sequence[str] = PROMPTS, tower: str | Path | None = None, save: bool = True,
-         device: str = "auto", dtype: str = "auto", on_picture: Callable[[int, int], None] | None = None, **said_too: Any) -> dict[str, Any]:
+         device: str = "auto", dtype: str = "auto", ways: Sequence[str] = (),
+         on_picture: Callable[[int, int], None] | None = None, **said_too: Any) -> dict[str, Any]:
     """Measure what a model's approximations cost and save, and keep the fastest that holds the quality for `load(..., tuned=True)`.
 
     Args:
@@ -52,6 +53,8 @@ def tune(model: str | Path = "glyph", *, quality: float = 0.98, prompts: Sequenc
         prompts: one picture is made of each, by every candidate, in turns with the exact run.
         tower: a model folder with `vision_tower`, by whose picture tower pictures are compared; None for that of the shipped model.
         save: keep what was found.
+        ways: of holding weights in fewer bits (see `latentgen.models.quantise.ways.WAYS`), each measured beside, with nothing left out; they are
+            shown and not chosen, for they are asked for when a model is loaded.
         on_picture: (pictures made, pictures in all) after each.
         said_too: further fields of a `Request`: steps, width, height, sampler ...
 
@@ -76,8 +79,12 @@ def tune(model: str | Path = "glyph", *, quality: float = 0.98, prompts: Sequenc
     for each in tried.values():
         pipe.plan(requests[0].replace(approximate=each))  # what cannot be is known before the first picture
     made = _made(pipe, tried, requests, on_picture)
-    rows = _rows(tried, made, embed, quality)
-    best = min((row for row in rows if row["holds"]), key=lambda row: row["seconds"])
+    held = {f"quantise {way}": load(model, device=device, dtype=dtype, progress=False, quantise=way) for way in ways}
+    for name, other in held.items():
+        made |= {name: _made(other, {name: {}}, requests, None)[name]}
+        other.residency.clear()  # its weights need not wait for the next one's
+    rows = _rows(tried | dict.fromkeys(held, {}), made, embed, quality)
+    best = min((row for row in rows if row["holds"] and row["name"] in tried), key=lambda row: row["seconds"])
     found = Tuned(tried[best["name"]], float(quality), best["speedup"])
     machine = pipe.plan(requests[0])
     if save:

@@ -35,6 +35,7 @@ def tune(model: Annotated[str, typer.Argument(help="A model's name, a folder, a 
          height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own.", show_default=False)] = None,
          device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", metavar="NAME")] = "auto",
          dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", metavar="NAME")] = "auto",
+         quantise: Annotated[bool, typer.Option(help="Show weights in fewer bits beside, each way of --quantise.")] = True,
          save: Annotated[bool, typer.Option(help="Keep what was found, for --tuned and load(..., tuned=True).")] = True,
          as_json: AsJson = False) -> None:
     """Try all approximations that fit a model against its exact pictures, and keep the fastest that holds the quality.
@@ -43,9 +44,11 @@ def tune(model: Annotated[str, typer.Argument(help="A model's name, a folder, a 
     """
     from latentgen.bench.tune import PROMPTS
     from latentgen.bench.tune import tune as measure
+    from latentgen.models.quantise.ways import WAYS
 
     said = {name: value for name, value in (("steps", steps), ("width", width), ("height", height)) if value is not None}
-    found = measure(model, quality=quality, prompts=prompt or PROMPTS, tower=tower, save=save, device=device, dtype=dtype, **said)
+    found = measure(model, quality=quality, prompts=prompt or PROMPTS, tower=tower, save=save, device=device, dtype=dtype,
+                    ways=tuple(WAYS) if quantise else (), **said)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=1))
         return
