@@ -166,6 +166,30 @@ def test_it_goes_down_one_ladder(small: Any, tmp_path: Path) -> None:
     assert small.replay(made.save(tmp_path / "made.png")[0]).identical
 
 
+def test_without_a_memory_a_plan_on_a_gpu_fits_what_is_free(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that is made up: all pictures in one call where there is room, else fewer; with no room for one, a note and no refusal."""
+    monkeypatch.setattr(small, "_machine", replace(small._machine, device="cuda"))
+    monkeypatch.setattr(small.residency, "device", torch.device("cuda"))
+    said = {"seed": 0, "steps": 2, "width": 256, "height": 256, "batch": 8, "guidance_scale": 4.0}
+    free = [10**12]
+    monkeypatch.setattr(budget_module, "free_bytes", lambda device: free[0])
+    roomy = small.plan("a cat", **said)
+    assert (roomy.rows, roomy.forecast, len(roomy.notes)) == (8, None, 1)
+    need = roomy.memory
+    free[0] = int(max(need.stages["decoder"].peak, need.stages["denoiser"].peak * 0.7) * 1.04)
+    tight = small.plan("a cat", **said)
+    assert tight.rows < 8 and tight.memory.peak <= free[0] and "to fit" in tight.notes[-1]
+    free[0] = 10**5
+    hopeless = small.plan("a cat", **said)
+    assert hopeless.rows == 8 and "GB is free" in hopeless.notes[-1]
+
+
+def test_on_a_cpu_what_does_not_fit_is_noted_before_anything_loads(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_module, "free_bytes", lambda device: 10**5)
+    plan = small.plan("a cat", width=64, height=64, steps=1, seed=0)
+    assert plan.residency == "resident" and "GB is free: name what it may take, as memory=" in plan.notes[-1]
+
+
 def test_a_pipeline_loaded_for_a_memory(tmp_path: Path) -> None:
     pipe = latentgen.load(tiny("sd15").save(tmp_path / "tiny"), device="cpu", dtype="float32", progress=False, memory="1GB")
     result = pipe.txt2img("a cat", steps=1, width=64, height=64, seed=0)

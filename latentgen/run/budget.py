@@ -14,16 +14,18 @@ from latentgen.errors import RequestError
 from latentgen.models.quantise.ways import STORED, WAYS
 from latentgen.run.forecast import GB, NAMES
 from latentgen.run.ladder import fewer_rows, placed, policies, smaller_tiles
-from latentgen.run.residency import STREAMING
+from latentgen.run.residency import GRAPHS, SPEEDS, STREAMING
 
 if TYPE_CHECKING:
     from latentgen.run.forecast import Forecast
     from latentgen.run.plan import Plan
+    from latentgen.run.residency import Residency
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LEAST = UNITS["MB"]  # a bare number below it is one without its unit
 WORTH = 1.1  # how much faster weights in fewer bits must be than streaming them as they are
 MARGIN = 1.03  # how much more than predicted is kept free
+ROUGHLY = 4096  # bytes for each pixel of a picture, more than any autoencoder takes
 
 
 def memory_bytes(said: str | int, device: torch.device) -> int:
@@ -46,8 +48,8 @@ def memory_bytes(said: str | int, device: torch.device) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What is free on a device now; in main memory, as far as this process may grow."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what this process keeps for its next tensors is free, too
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = _available()
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         most, now = (_number(f"/sys/fs/cgroup/{name}") for name in (limit, used))
@@ -121,6 +123,33 @@ def _first(wish: Plan, chosen: Sequence[str], foresee: Callable[[Plan], Forecast
             if _fits(need.peak, budget):
                 return step, need
     return None
+
+
+def eased(wish: Plan, residency: Residency) -> Plan:
+    """A plan for which no memory was named, made to fit what is free: on a GPU as `fitted` does. What does not fit is noted and not refused; on a
+    CPU nothing is changed.
+
+    It is run on paper only where it is not plainly small. Processes that must have one plan each have a memory of their own: theirs is left alone.
+    """
+    device, foresee, last = residency.device, wish.foresee, wish.passes[-1]
+    if foresee is None or wish.parallel is not None or device.type not in ("cpu", "cuda"):
+        return wish
+    try:
+        free = free_bytes(device) + residency.resident_bytes(device)  # what is held already is this plan's to use
+    except RequestError:  # a system that does not tell
+        return wish
+    if 2 * (sum(wish.weights.values()) + ROUGHLY * last.width * last.height * wish.rows) < free:
+        return wish
+    if wish.device.startswith("cuda") and wish.speed in SPEEDS and wish.speed != GRAPHS:
+        try:
+            return fitted(wish, foresee, free)
+        except RequestError:
+            pass
+    if _fits((need := foresee(wish)).peak, free):
+        return wish
+    note = (f"it needs {need.peak / GB:.3g} GB of memory and {free / GB:.3g} GB is free: name what it may take, as "
+            f"memory='{max(1, int(free / GB))}GB', or free some")
+    return replace(wish, notes=(*wish.notes, note))
 
 
 def _fits(peak: int, budget: int) -> bool:

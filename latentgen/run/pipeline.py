@@ -26,7 +26,7 @@ from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.attention import attention_of
-from latentgen.run.budget import fitted, memory_bytes
+from latentgen.run.budget import eased, fitted, memory_bytes
 from latentgen.run.forecast import forecast
 from latentgen.run.ladder import enduring
 from latentgen.run.meaning import explained, planned
@@ -237,7 +237,8 @@ class Pipeline:
 
         Args:
             memory: "8GB", a number of bytes, or "auto" for what is free on the device: the fastest placement, batching and tiles that fit, with what
-                each stage will need and how long it will take. None takes that of `load`, most times none.
+                each stage will need and how long it will take. None takes that of `load`, most times none: then what does not fit
+                is on a GPU made to, and where that cannot be, or on a CPU, noted.
 
         Raises:
             RequestError, ImageError: input that cannot be honoured, or too little memory.
@@ -245,10 +246,11 @@ class Pipeline:
         memory = self.memory if memory is None else memory
         said = _as_request(request, options)
         if memory is None:
-            return self._unlimited(said)
+            return eased(self._unlimited(said), self.residency)
         speed = speeds(self.residency.device, self.residency.dtype)
         foresee = partial(forecast, self.checkpoint, self.family, speeds=speed)
-        return fitted(self._unlimited(said), foresee, memory_bytes(memory, self.residency.device))
+        held = self.residency.resident_bytes(self.residency.device) if memory == "auto" else 0
+        return fitted(self._unlimited(said), foresee, memory_bytes(memory, self.residency.device) + held)
 
     def _unlimited(self, request: Request) -> Plan:
         request = request if self._group is None else self._group.seeded(request)

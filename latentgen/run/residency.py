@@ -164,10 +164,11 @@ class Residency:
         spare = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return numbers * torch.finfo(dtype).bits // 8 <= torch.cuda.mem_get_info(self.device)[0] + spare
 
-    def resident_bytes(self) -> int:
-        """Bytes of the weights held right now, on any device."""
+    def resident_bytes(self, device: torch.device | None = None) -> int:
+        """Bytes of the weights held right now, on one device or on any."""
         with self._lock:
-            return sum(map(held_bytes, self._here.values()))
+            there = [m for m in self._here.values() if device is None or next((p.device.type for p in m.parameters()), None) == device.type]
+            return sum(map(held_bytes, there))
 
 
 def check_graphs(device: torch.device, residency: str, *, alone: bool) -> None:
