@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import latentgen
 from latentgen.diffusion import SAMPLERS
 from latentgen.errors import NotFiniteError, RequestError
+from latentgen.models.modulation import modulation_names
 from latentgen.pixels.mask import canvas
 from latentgen.run.memo import Memo
 from latentgen.run.recipe import make_recipe
@@ -53,7 +54,8 @@ def counted(pipe):
     seen = []
 
     def predict(modules, x, level, conditioning):
-        seen.append(len(x))
+        if x.any():  # not the calls of zeros that tables are made from
+            seen.append(len(x))
         return pipe.family.predict(modules, x, level, conditioning)
 
     twin = copy(pipe)
@@ -180,7 +182,9 @@ def test_by_stage_is_resident(tiny_folder, pipe):
     same(staged.inpaint("a cat", **options), pipe.inpaint("a cat", **options))
     assert staged.residency.resident_bytes() == 0
     run = staged.stream("a cat", steps=2, seed=0)
-    assert [staged.residency.resident_bytes() for _ in run] == [run.plan.weights["denoiser"]] * 2
+    with pipe.residency.use("denoiser") as modules:  # of which modulations stay in their file
+        left = sum(p.nbytes for name in modulation_names(modules["unet"]) for p in modules["unet"].get_submodule(name).parameters())
+    assert [staged.residency.resident_bytes() for _ in run] == [run.plan.weights["denoiser"] - left] * 2
     assert run.result and staged.residency.resident_bytes() == 0
 
 
