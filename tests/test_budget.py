@@ -19,14 +19,14 @@ import latentgen
 from latentgen.cli import app
 from latentgen.errors import RequestError
 from latentgen.models.fast import attention, onednn
-from latentgen.run import budget as budget_module
-from latentgen.run import speed
-from latentgen.run.budget import fitted, memory_bytes
-from latentgen.run.forecast import forecast
-from latentgen.run.ledger import KINDS
+from latentgen.run.memory import budget as budget_module
+from latentgen.run.memory import speed
+from latentgen.run.memory.budget import fitted, memory_bytes
+from latentgen.run.memory.forecast import forecast
+from latentgen.run.memory.ledger import KINDS
+from latentgen.run.memory.speed import speeds
 from latentgen.run.request import Request
 from latentgen.run.residency import POLICIES
-from latentgen.run.speed import speeds
 
 GB = 10**9
 

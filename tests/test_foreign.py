@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_save import gradient
 
-from latentgen.diffusion import SAMPLERS
 from latentgen.conditioning.dialect import parse
+from latentgen.diffusion import SAMPLERS
 from latentgen.errors import RequestError
 from latentgen.pixels.save import save_image
-from latentgen.run.foreign import Foreign, from_diffusers, read_foreign
-from latentgen.run.foreign_comfy import from_prompt, from_workflow
-from latentgen.run.foreign_fields import foreign_sampler
-from latentgen.run.foreign_invoke import from_dream, from_invoke, from_old_invoke
+from latentgen.run.foreign.comfy import from_prompt, from_workflow
+from latentgen.run.foreign.fields import foreign_sampler
+from latentgen.run.foreign.invoke import from_dream, from_invoke, from_old_invoke
+from latentgen.run.foreign.read import Foreign, from_diffusers, read_foreign
 from latentgen.run.parameters import write_parameters
 from latentgen.run.recipe import read_recipe
 

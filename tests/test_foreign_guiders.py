@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from latentgen.run.foreign import from_parameters
-from latentgen.run.foreign_comfy import from_prompt
+from latentgen.run.foreign.comfy import from_prompt
+from latentgen.run.foreign.read import from_parameters
 from latentgen.run.parameters import read_parameters, write_parameters
 from latentgen.run.recipe import read_recipe
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_foreign import BASE, GRAPH, INVOKE, fields, graph, node, noted, settings_line
 
-from latentgen.run.foreign import Foreign, from_diffusers, read_foreign
-from latentgen.run.foreign_comfy import from_prompt
-from latentgen.run.foreign_invoke import from_invoke, from_old_invoke
-from latentgen.run.foreign_swarm import from_swarm
+from latentgen.run.foreign.comfy import from_prompt
+from latentgen.run.foreign.invoke import from_invoke, from_old_invoke
+from latentgen.run.foreign.read import Foreign, from_diffusers, read_foreign
+from latentgen.run.foreign.swarm import from_swarm
 from latentgen.run.parameters import write_parameters
 from latentgen.run.request import Request
 

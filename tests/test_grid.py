@@ -14,7 +14,7 @@ import latentgen
 from latentgen.errors import RequestError
 from latentgen.pixels.save import read_metadata
 from latentgen.run import words
-from latentgen.run.grid import check_about, label, plan_grid
+from latentgen.run.many.grid import check_about, label, plan_grid
 from latentgen.run.request import Request
 
 X, Y = {"guidance_scale": [1, 4, 8]}, {"sampler": ["euler", "dpmpp_2m"]}

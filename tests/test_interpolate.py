@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import latentgen
 from latentgen.cli import app
 from latentgen.errors import OutputError, RequestError
-from latentgen.run.interpolate import NUMBERS, between, places
+from latentgen.run.many.interpolate import NUMBERS, between, places
 from latentgen.run.request import Request
 
 SAID = {"steps": 2, "sampler": "euler"}

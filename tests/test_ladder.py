@@ -16,8 +16,8 @@ import latentgen
 from latentgen.errors import OutOfMemoryError
 from latentgen.models.load import load_part
 from latentgen.pixels.latent import decode
-from latentgen.run.ladder import lower, ran_out
-from latentgen.run.ledger import Ledger
+from latentgen.run.memory.ladder import lower, ran_out
+from latentgen.run.memory.ledger import Ledger
 
 SAID = {"steps": 4, "width": 512, "height": 512, "seed": 3, "guidance_scale": 4.0}
 ERRORS = (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), MemoryError(),

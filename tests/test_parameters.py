@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_save import gradient
 
 from latentgen.pixels.save import read_metadata, save_image
-from latentgen.run.foreign import read_foreign
+from latentgen.run.foreign.read import read_foreign
 from latentgen.run.parameters import read_parameters, write_parameters
 from latentgen.run.recipe import metadata
 

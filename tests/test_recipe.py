@@ -16,7 +16,7 @@ from test_save import gradient
 
 from latentgen.errors import ImageError, RequestError
 from latentgen.pixels.save import MAX_TEXT, read_metadata, save_image
-from latentgen.run.foreign import Foreign
+from latentgen.run.foreign.read import Foreign
 from latentgen.run.recipe import KEY, Recipe, as_recipe, make_recipe, metadata, picture_hash, read_recipe
 
 SUFFIXES = (".png", ".jpg", ".webp")

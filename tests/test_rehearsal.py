@@ -22,16 +22,16 @@ from tiny_folders import MAKERS, tiny
 import latentgen
 from latentgen.models.fast import attention, onednn
 from latentgen.models.paper import paper_part
-from latentgen.run import rehearsal
-from latentgen.run.ledger import ARITHMETIC, Ledger
-from latentgen.run.rehearsal import rehearse
-from latentgen.run.workspace import on_cpu
+from latentgen.run.memory import rehearsal
+from latentgen.run.memory.ledger import ARITHMETIC, Ledger
+from latentgen.run.memory.rehearsal import rehearse
+from latentgen.run.memory.workspace import on_cpu
 
 # Stage -> predicted and measured bytes, of a whole process: its memory's high water above what it held when the stage began
 WHOLE = """
 import json, sys, torch, latentgen
 from contextlib import contextmanager
-from latentgen.run.rehearsal import rehearse
+from latentgen.run.memory.rehearsal import rehearse
 torch.set_num_threads(1)
 folder, width, height, said = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 pipe = latentgen.load(folder, device="cpu", progress=False, **said)

@@ -19,8 +19,8 @@ from latentgen.errors import RequestError
 from latentgen.models.around import Around
 from latentgen.pixels.latent import decode
 from latentgen.pixels.save import read_metadata
-from latentgen.run.foreign import read_foreign
-from latentgen.run.foreign_invoke import from_invoke, from_old_invoke
+from latentgen.run.foreign.invoke import from_invoke, from_old_invoke
+from latentgen.run.foreign.read import read_foreign
 from latentgen.run.replay import replay
 from latentgen.run.work import Work
 

@@ -17,7 +17,7 @@ import latentgen
 from latentgen.cli import app
 from latentgen.errors import RequestError
 from latentgen.pixels.save import read_metadata, save_image
-from latentgen.run.foreign import Foreign, read_foreign
+from latentgen.run.foreign.read import Foreign, read_foreign
 from latentgen.run.recipe import Recipe, read_recipe
 
 TURNED = {"seed": 3, "variation_seed": 100, "variation_strength": 0.3}

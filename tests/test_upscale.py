@@ -24,7 +24,7 @@ from latentgen.pixels.latent import decode, encode
 from latentgen.pixels.save import read_metadata
 from latentgen.pixels.upscale import UPSCALERS, larger_latents, larger_pixels
 from latentgen.run.batch import repeated
-from latentgen.run.foreign import read_foreign
+from latentgen.run.foreign.read import read_foreign
 from latentgen.run.recipe import read_recipe
 from latentgen.run.replay import replay
 from latentgen.run.request import Request

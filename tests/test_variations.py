@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from latentgen.cli import app
 from latentgen.errors import ImageError, RequestError
 from latentgen.pixels.save import save_image
+from latentgen.run.many.variations import plan_variations
 from latentgen.run.recipe import Recipe, as_recipe, read_recipe
-from latentgen.run.variations import plan_variations
 
 SAID = {"steps": 3, "seed": 7, "sampler": "euler_ancestral", "guidance_scale": 3.0}
 each = pytest.mark.parametrize

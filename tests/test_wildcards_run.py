@@ -127,7 +127,7 @@ def test_braces_that_were_drawn_are_text(pipe, tmp_path: Path) -> None:
 
 
 def test_old_recipes_and_those_of_others_draw_nothing() -> None:
-    from latentgen.run.foreign import Foreign
+    from latentgen.run.foreign.read import Foreign
     from latentgen.run.recipe import Recipe
 
     assert Recipe({"prompt": "{a|b}", "dialect": "a1111"}).request().wildcards is False

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from latentgen.run.ledger import ARITHMETIC
-from latentgen.run.rehearsal import rehearse
+from latentgen.run.memory.ledger import ARITHMETIC
+from latentgen.run.memory.rehearsal import rehearse
 
 if TYPE_CHECKING:
     import torch

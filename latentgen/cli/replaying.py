@@ -89,7 +89,7 @@ def variations(file: File, count: Count = 4, amount: Amount = 0.2, prompt: Words
     Where they are left out, the model (by its card's name), device and number type are those of the recipe, or the usual ones.
     """
     from latentgen.cli.pictures import check_output, make
-    from latentgen.run.variations import found_in, plan_variations
+    from latentgen.run.many.variations import found_in, plan_variations
 
     shown = {name: said.pop(name) for name in ("output", "show", "quiet", "as_json")}
     quality = check_output(shown["output"], quality, strict=True)

@@ -43,7 +43,7 @@ def grid(prompt: Prompt, x: X, y: Y = None, cell: Cell = None, **said: Any) -> N
     if show and as_json:
         raise RequestError("--show draws on stdout, where --json writes: use one of the two")
     quality = check_output(output, quality, strict=said["strict"])
-    from latentgen.run.grid import plan_grid
+    from latentgen.run.many.grid import plan_grid
     from latentgen.run.request import Request
 
     words = {name: value for name, value in said.items() if name in Request.model_fields}

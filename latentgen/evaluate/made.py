@@ -43,8 +43,8 @@ def make(pipe: Pipeline, folder: Path, wanted: Sequence[Mapping[str, Any]], *, p
 
 
 def _one(pipe: Pipeline, path: Path, options: dict[str, Any]) -> Made:
+    from latentgen.run.many.series import kept_picture
     from latentgen.run.recipe import make_recipe, metadata
-    from latentgen.run.series import kept_picture
 
     prompt = options.pop("prompt")
     plan = pipe.plan(prompt, **options)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentgen.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
-from latentgen.run.foreign_guiders import settings_of
-from latentgen.run.foreign_hires import WORDS
+from latentgen.run.foreign.guiders import settings_of
+from latentgen.run.foreign.hires import WORDS
 from latentgen.run.passes import upscale_steps
 
 NEGATIVE = "Negative prompt:"

@@ -26,11 +26,12 @@ from latentgen.models.fast.graphs import GRAPHS
 from latentgen.models.load import empty_module
 from latentgen.pixels.latent import preview
 from latentgen.run.attention import attention_of
-from latentgen.run.budget import eased, fitted, memory_bytes
-from latentgen.run.forecast import forecast
-from latentgen.run.ladder import enduring
 from latentgen.run.meaning import explained, planned
 from latentgen.run.memo import Memo
+from latentgen.run.memory.budget import eased, fitted, memory_bytes
+from latentgen.run.memory.forecast import forecast
+from latentgen.run.memory.ladder import enduring
+from latentgen.run.memory.speed import speeds
 from latentgen.run.parallel import Group, join_group, own_device
 from latentgen.run.plan import Machine, Plan
 from latentgen.run.progress import Bar, download_bar
@@ -38,15 +39,14 @@ from latentgen.run.request import Request
 from latentgen.run.residency import COMPILED, POLICIES, SPEEDS, STREAMING, Residency, check_graphs, choose_device, choose_dtype, ways_of
 from latentgen.run.result import Result
 from latentgen.run.resume import kept, resumed
-from latentgen.run.speed import speeds
 from latentgen.run.state import Keeper, State, read_state
 from latentgen.run.work import Work
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from latentgen.run.grid import Axis, Grid
-    from latentgen.run.interpolate import Film
+    from latentgen.run.many.grid import Axis, Grid
+    from latentgen.run.many.interpolate import Film
     from latentgen.run.replay import Replayed
 
 OnStep = Callable[[Step], None]
@@ -191,22 +191,22 @@ class Pipeline:
 
     def grid(self, prompt: Request | str = "", *, x: Axis, y: Axis | None = None, cell: int | None = None, on_step: OnStep | None = None,
              **options: Any) -> Grid:
-        """One request in many versions on a labelled sheet, as x={"guidance_scale": [1, 4, 8]}. See `latentgen.run.grid.make_grid`."""
-        from latentgen.run.grid import make_grid
+        """One request in many versions on a labelled sheet, as x={"guidance_scale": [1, 4, 8]}. See `latentgen.run.many.grid.make_grid`."""
+        from latentgen.run.many.grid import make_grid
 
         return make_grid(self, _as_request(prompt, options), x=x, y=y, cell=cell, on_step=on_step)
 
     def interpolate(self, keys: Sequence[Request | str], *, frames: int = 24, loop: bool = False, folder: str | Path | None = None,
                     on_step: OnStep | None = None, **options: Any) -> Film:
-        """A film from one request to the next, as interpolate(["a cat", "a dog"]).save("x.gif"). See `latentgen.run.interpolate.plan_film`."""
-        from latentgen.run.interpolate import plan_film
+        """A film from one request to the next, as interpolate(["a cat", "a dog"]).save("x.gif"). See `latentgen.run.many.interpolate.plan_film`."""
+        from latentgen.run.many.interpolate import plan_film
 
         return plan_film(self, keys, frames=frames, loop=loop, folder=folder, on_step=on_step, **options)
 
     def variations(self, made: Any, /, *, count: int = 4, amount: float = 0.2, on_step: OnStep | None = None, save_state: str | Path | None = None,
                    save_every: int | None = None, **options: Any) -> Result:
-        """Pictures near to one, from the recipe in its file, or redrawn where it has none. See `latentgen.run.variations.plan_variations`."""
-        from latentgen.run.variations import plan_variations
+        """Pictures near to one, from the recipe in its file, or redrawn where it has none. See `latentgen.run.many.variations.plan_variations`."""
+        from latentgen.run.many.variations import plan_variations
 
         plan = plan_variations(self, made, count=count, amount=amount, **options)
         return self._finished(self.stream(plan, save_state=save_state, save_every=save_every), on_step)

@@ -32,7 +32,7 @@ from latentgen.run.tuned import Tuned
 
 if TYPE_CHECKING:
     from latentgen.conditioning.tokens import Tokens
-    from latentgen.run.forecast import Forecast
+    from latentgen.run.memory.forecast import Forecast
     from latentgen.run.request import Request
 
 TOLD = ("shift", "clip_skip", "denoising_start", "denoising_end", "fit", "feather", "split_guidance", "vae_tile", *OPTIONS)  # shown as they were said

@@ -18,7 +18,7 @@ import torch
 from latentgen.conditioning.wildcards import MARKS
 from latentgen.errors import ImageError, RequestError
 from latentgen.pixels.save import PARAMETERS, read_metadata
-from latentgen.run.foreign import Foreign, read_foreign
+from latentgen.run.foreign.read import Foreign, read_foreign
 from latentgen.run.parameters import write_parameters
 from latentgen.run.request import PROMPTS, Request
 from latentgen.run.residency import SPEEDS

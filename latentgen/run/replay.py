@@ -13,11 +13,11 @@ from PIL import Image
 
 from latentgen.errors import RequestError
 from latentgen.pixels.image import open_image
-from latentgen.run.grid import Grid, check_about
-from latentgen.run.interpolate import MAX_FRAMES, Film, remade
-from latentgen.run.ladder import holding
+from latentgen.run.many.grid import Grid, check_about
+from latentgen.run.many.interpolate import MAX_FRAMES, Film, remade
+from latentgen.run.many.series import run_all
+from latentgen.run.memory.ladder import holding
 from latentgen.run.recipe import PICTURES, Foreign, Recipe, as_recipe, make_recipe, picture_hash
-from latentgen.run.series import run_all
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline

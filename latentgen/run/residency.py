@@ -103,7 +103,8 @@ class Residency:
         _, dtype, streamed, way = key
         with self._lock:
             if fresh := key not in self._here:
-                leave = None if policy == "resident" else modulation_names  # a run asks for their answers once, before its first step
+                once = policy != "resident" and self.speed == "exact"  # a run asks for their answers once, before its first step
+                leave = modulation_names if once else None
                 later = None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype)
                 self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later,
                                             lane=Lane(self.device) if streamed else None,

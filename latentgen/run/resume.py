@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import RequestError
 from latentgen.models.quantise.ways import CHOICES
-from latentgen.run.ladder import holding
 from latentgen.run.meaning import origin_told, together
+from latentgen.run.memory.ladder import holding
 from latentgen.run.recipe import Recipe, make_recipe, speed_of
 from latentgen.run.state import Keeper, State, begun, checked_every, checked_path, read_state
 

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-from latentgen.run.foreign_fields import Found, number
+from latentgen.run.foreign.fields import Found, number
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _JOINED = re.compile(rf"\s*\(\s*({_QUOTED}(?:\s*,\s*{_QUOTED})*)\s*,?\s*\)\s*\.\s*(blend|and)\s*\(([^()]*)\)\s*", re.DOTALL)

@@ -19,11 +19,11 @@ import torch
 from latentgen.models.family import Family, Part, Stage
 from latentgen.models.paper import packed_bytes, paper_part, unused
 from latentgen.pixels.upscale import UPSCALERS
-from latentgen.run.ledger import KINDS, Ledger
 from latentgen.run.memo import Memo
+from latentgen.run.memory.ledger import KINDS, Ledger
+from latentgen.run.memory.workspace import on_cpu, on_gpu
 from latentgen.run.residency import QUANTISED, STREAMED, STREAMING
 from latentgen.run.work import Work
-from latentgen.run.workspace import on_cpu, on_gpu
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,7 @@ class Rehearsed:
 
     Attributes:
         activations: stage -> the most bytes of tensors alive in it beside its weights; absent where the run has no such stage.
-        work: stage -> kind -> how much of it the whole run does, see `latentgen.run.ledger.KINDS`.
+        work: stage -> kind -> how much of it the whole run does, see `latentgen.run.memory.ledger.KINDS`.
         kept: bytes that are still alive when the last picture is decoded.
         packed: part -> layer -> bytes of its weight, packed; of those that the run calls.
     """

@@ -12,12 +12,12 @@ from contextlib import suppress
 from typing import Any
 
 from latentgen.pixels.save import PARAMETERS
-from latentgen.run.foreign_comfy import from_prompt, from_workflow
-from latentgen.run.foreign_fields import Foreign, Found, base_name, merging, number, whole
-from latentgen.run.foreign_hires import hires
-from latentgen.run.foreign_invoke import from_dream, from_invoke, from_old_invoke
-from latentgen.run.foreign_rest import rest
-from latentgen.run.foreign_swarm import from_swarm
+from latentgen.run.foreign.comfy import from_prompt, from_workflow
+from latentgen.run.foreign.fields import Foreign, Found, base_name, merging, number, whole
+from latentgen.run.foreign.hires import hires
+from latentgen.run.foreign.invoke import from_dream, from_invoke, from_old_invoke
+from latentgen.run.foreign.rest import rest
+from latentgen.run.foreign.swarm import from_swarm
 from latentgen.run.parameters import Parameters, read_parameters
 from latentgen.run.request import ALIASES, Request
 

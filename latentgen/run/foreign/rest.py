@@ -13,8 +13,8 @@ from typing import Any
 from latentgen.conditioning.dialect import Parsed, parse
 from latentgen.diffusion.sample import SAMPLERS
 from latentgen.errors import RequestError
-from latentgen.run.foreign_fields import Found, base_name, number, whole
-from latentgen.run.foreign_guiders import plus_plus, take_settings
+from latentgen.run.foreign.fields import Found, base_name, number, whole
+from latentgen.run.foreign.guiders import plus_plus, take_settings
 
 _SAMPLING = {"Sigma churn": ("s_churn", number), "Sigma tmin": ("s_tmin", number), "Sigma tmax": ("s_tmax", number),
              "Sigma noise": ("s_noise", number),

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from latentgen.run.foreign_fields import Foreign, Found, base_name, merging, number, whole
-from latentgen.run.foreign_guiders import known_node, plus_plus, take_node
-from latentgen.run.foreign_hires import same_factor, take_upscaler
+from latentgen.run.foreign.fields import Foreign, Found, base_name, merging, number, whole
+from latentgen.run.foreign.guiders import known_node, plus_plus, take_node
+from latentgen.run.foreign.hires import same_factor, take_upscaler
 
 Node = Mapping[str, Any]
 Graph = Mapping[str, Node]

@@ -10,8 +10,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from latentgen.run.foreign_compel import take_prompts, take_second
-from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
+from latentgen.run.foreign.compel import take_prompts, take_second
+from latentgen.run.foreign.fields import Foreign, Found, base_name, number, whole
 
 _NUMBERS = {"steps": ("steps", whole), "seed": ("seed", whole), "width": ("width", whole), "height": ("height", whole),
             "cfg_scale": ("guidance_scale", number),

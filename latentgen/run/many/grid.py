@@ -17,10 +17,10 @@ from latentgen.conditioning.prompt import shown
 from latentgen.errors import RequestError
 from latentgen.pixels.save import save_image
 from latentgen.pixels.sheet import sheet
+from latentgen.run.many.series import OnStep, check_room, run_all
 from latentgen.run.recipe import ALWAYS, PICTURES, joined_recipe, make_recipe, metadata, picture_hash
 from latentgen.run.request import Request, suggestion
 from latentgen.run.result import Result, shown_html
-from latentgen.run.series import OnStep, check_room, run_all
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentgen.models.fast import onednn
 from latentgen.models.fast.attention import working_bytes
-from latentgen.run.ledger import ATTENTION, BLOCKED
+from latentgen.run.memory.ledger import ATTENTION, BLOCKED
 
 aten = torch.ops.aten
 

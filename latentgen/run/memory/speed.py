@@ -20,7 +20,7 @@ from latentgen.models.fast.attention import attend
 from latentgen.models.fast.layers import pack
 from latentgen.models.fast.swap import prepare
 from latentgen.run.kept import keep, read_kept
-from latentgen.run.ledger import KINDS, NEAR, Ledger
+from latentgen.run.memory.ledger import KINDS, NEAR, Ledger
 
 log = logging.getLogger(__name__)
 NAME = "speed"
@@ -32,8 +32,7 @@ MOST = 1e15  # a second: what takes no time that can be seen
 
 
 def speeds(device: torch.device, dtype: torch.dtype) -> Mapping[str, float]:
-    """How much a second by kind of `latentgen.run.ledger.KINDS`, and bytes a second that come to the device under "copy"; as kept, else measured
-    now."""
+    """How much a second by kind of `ledger.KINDS`, and bytes a second that come to the device under "copy"; as kept, else measured now."""
     key = f"{_name(device)} {dtype} torch {torch.__version__} {torch.get_num_threads()} threads, measured in way {VERSION}"
     found = read_kept(NAME).get(key)
     if isinstance(found, dict) and all(isinstance(found.get(kind), (int, float)) and found[kind] > 0 for kind in (*KINDS, "copy")):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from latentgen.diffusion.guidance.table import filled
-from latentgen.run.foreign_fields import Found, number
+from latentgen.run.foreign.fields import Found, number
 
 _PERCENT = "its start and end are told in the noise path there, and in steps here"
 NODES: Mapping[str, tuple[str, Mapping[str, str]]] = {  # ComfyUI's node -> (guider, input -> option)

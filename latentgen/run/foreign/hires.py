@@ -8,7 +8,7 @@ from typing import Any
 
 from latentgen.diffusion.names import plain
 from latentgen.pixels.upscale import UPSCALERS
-from latentgen.run.foreign_fields import Found, number, whole
+from latentgen.run.foreign.fields import Found, number, whole
 
 WORDS = {"latent": "Latent", "latent_bicubic": "Latent (bicubic)", "latent_nearest": "Latent (nearest-exact)", "lanczos": "Lanczos",
          "nearest": "Nearest"}  # ours -> A1111's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latentgen.run.foreign_fields import Foreign, Found, base_name, number, whole
+from latentgen.run.foreign.fields import Foreign, Found, base_name, number, whole
 
 _NUMBERS = {"steps": ("steps", whole), "cfgscale": ("guidance_scale", number), "seed": ("seed", whole), "width": ("width", whole),
             "height": ("height", whole),

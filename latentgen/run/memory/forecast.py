@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentgen.models.modulation import modulation_names
 from latentgen.models.streamed import blocks, weight_bytes
-from latentgen.run.ledger import ARITHMETIC
-from latentgen.run.rehearsal import paper_parts, rehearse
+from latentgen.run.memory.ledger import ARITHMETIC
+from latentgen.run.memory.rehearsal import paper_parts, rehearse
 from latentgen.run.residency import STREAMED, STREAMING
 
 if TYPE_CHECKING:
@@ -102,19 +102,19 @@ def held_bytes(checkpoint: Checkpoint, stage: Stage, plan: Plan, packed: Mapping
     parts, policy = paper_parts(checkpoint, plan), plan.residency
     if policy == "resident":
         return sum(weight_bytes(module) + sum(packed[part.name].values()) for part, module in parts.items())
-    weights = [_weights(module, packed[part.name]) for part, module in parts.items() if stage in part.stages]
+    weights = [_weights(module, packed[part.name], once=plan.speed == "exact") for part, module in parts.items() if stage in part.stages]
     if policy not in STREAMING or stage not in STREAMED:
         return sum(outside + sum(sizes) for outside, sizes in weights)
     ahead = 1 if plan.device.startswith("cpu") else 2  # the next one comes while one computes
     return sum(outside for outside, _ in weights) + ahead * max((size for _, sizes in weights for size in sizes), default=0)
 
 
-def _weights(module: nn.Module, packed: Mapping[str, int]) -> tuple[int, tuple[int, ...]]:
-    """Bytes outside of blocks, and of each block; without the modulations, whose answers are known before the first step."""
+def _weights(module: nn.Module, packed: Mapping[str, int], *, once: bool) -> tuple[int, tuple[int, ...]]:
+    """Bytes outside of blocks, and of each block; without the modulations where these are asked `once`, before the first step."""
     def size(name: str) -> int:
         return weight_bytes(module.get_submodule(name)) + sum(count for layer, count in packed.items() if f"{layer}.".startswith(f"{name}."))
 
-    left = {name: size(name) for name in modulation_names(module)}
+    left = {name: size(name) for name in (modulation_names(module) if once else ())}
     sizes = {name: size(name) - sum(count for head, count in left.items() if head.startswith(f"{name}.")) for name in blocks(module)}
     return weight_bytes(module) + sum(packed.values()) - sum(left.values()) - sum(sizes.values()), tuple(sizes.values())
 
@@ -123,6 +123,7 @@ def _brought(checkpoint: Checkpoint, plan: Plan) -> float:
     """Bytes of blocks that come to the device while a run samples, where they are streamed."""
     if plan.residency not in STREAMING:
         return 0.0
-    whole = sum(sum(_weights(module, {})[1]) for part, module in paper_parts(checkpoint, plan).items() if "denoiser" in part.stages)
+    networks = [module for part, module in paper_parts(checkpoint, plan).items() if "denoiser" in part.stages]
+    whole = sum(sum(_weights(module, {}, once=plan.speed == "exact")[1]) for module in networks)
     calls = plan.evaluations * len(plan.seeds) / (plan.rows * (1 if plan.request.split_guidance or plan.batching == "off" else 2))
     return whole * calls

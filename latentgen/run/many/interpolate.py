@@ -21,9 +21,9 @@ from torch import Tensor
 from latentgen.errors import OutputError, RequestError
 from latentgen.pixels.film import check_film, write_film
 from latentgen.pixels.save import save_image
+from latentgen.run.many.series import OnStep, check_room, kept_picture, run_all
 from latentgen.run.recipe import Recipe, joined_recipe, make_recipe, metadata, picture_hash
 from latentgen.run.request import Request
-from latentgen.run.series import OnStep, check_room, kept_picture, run_all
 
 if TYPE_CHECKING:
     from latentgen.run.pipeline import Pipeline

@@ -12,12 +12,12 @@ import torch
 
 from latentgen.errors import RequestError
 from latentgen.models.quantise.ways import STORED, WAYS
-from latentgen.run.forecast import GB, NAMES
-from latentgen.run.ladder import fewer_rows, placed, policies, smaller_tiles
+from latentgen.run.memory.forecast import GB, NAMES
+from latentgen.run.memory.ladder import fewer_rows, placed, policies, smaller_tiles
 from latentgen.run.residency import GRAPHS, SPEEDS, STREAMING
 
 if TYPE_CHECKING:
-    from latentgen.run.forecast import Forecast
+    from latentgen.run.memory.forecast import Forecast
     from latentgen.run.plan import Plan
     from latentgen.run.residency import Residency
 
