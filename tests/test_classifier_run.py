@@ -79,6 +79,18 @@ def test_pixels_are_those_of_the_preview_or_the_decoder(pipe, through):
     torch.testing.assert_close(led, plain + 0.05 * level.sigma**2 / (level.alpha**2 + level.sigma**2) * slope, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("speed", ["exact", "plain"])
+def test_where_the_network_runs_in_bf16_the_decoder_is_led_through_in_float32(pipe, tiny_folder, speed):
+    half = latentgen.load(tiny_folder, dtype="bfloat16", device="cpu", speed=speed, progress=False)
+    led, _ = first(half, classifier=Clean("pixels"), guiders={"classifier": {"scale": 0.05, "through": "decoder"}})
+    plain, level = first(half)
+    own = plain.clone().requires_grad_()
+    with pipe.residency.use("decoder") as modules:
+        (slope,) = torch.autograd.grad(bright(rendered(modules["vae"], own, pipe.family.latent, call=pipe.family.vae_decode), level).sum(), own)
+    torch.testing.assert_close(led, plain + 0.05 * level.sigma**2 / (level.alpha**2 + level.sigma**2) * slope, rtol=1e-3, atol=1e-4)
+    assert all(dtype == torch.bfloat16 for _, dtype, *_ in half.residency._here), "no second copy is kept"
+
+
 def test_the_coloured_tensor_is_what_a_preview_shows(pipe):
     x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     shown = (coloured(x0, pipe.family.latent).clamp(-1, 1) * 127.5 + 127.5).round().permute(0, 2, 3, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from latentgen.diffusion.guidance.classify import classified
@@ -37,6 +38,7 @@ def steered(denoise: Denoiser, *, plan: Plan, family: Family, progress: Progress
     if judge is None or options is None:
         return denoise
     low, high = plan.guidance_interval
+    sloped = torch.float32 if residency.device.type == "cpu" else None  # what makes bf16 fast on a CPU has no derivative
 
     def active(level: Level) -> bool:
         return low <= family.path.find(level.half_log_snr) <= high and progress.within(level, options["start"], options["end"])
@@ -44,7 +46,7 @@ def steered(denoise: Denoiser, *, plan: Plan, family: Family, progress: Progress
     def of_pixels(x0: Tensor, level: Level) -> Tensor:
         if options["through"] == "preview":
             return judge(coloured(x0, family.latent), level)
-        with residency.use("decoder") as modules:
+        with residency.use("decoder", dtype=sloped) as modules:
             return judge(rendered(modules["vae"], x0, family.latent, call=family.vae_decode), level)
 
     shown: Callable[[Tensor, Level], Tensor] = of_pixels if seen_by(judge) == "pixels" else judge
