@@ -240,7 +240,7 @@ def test_ways_of_guiding_are_kinds_of_calls(load: Any, more: dict[str, Any], mon
     assert torch.equal(plain.latents, made.latents) and device.captured and device.replayed
 
 
-def test_graphs_are_asked_for_by_name_and_refused_where_they_cannot_be(load: Any, tmp_path: Path) -> None:
+def test_graphs_are_asked_for_by_name_and_refused_where_they_cannot_be(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="needs a CUDA device"):
         latentgen.load(make_tiny(tmp_path), device="cpu", speed="graphs", progress=False)
     gpu = torch.device("cuda")
@@ -254,7 +254,10 @@ def test_graphs_are_asked_for_by_name_and_refused_where_they_cannot_be(load: Any
         pipe.plan("a cat", approximate="deep_cache")
     plan = pipe.plan("a cat", approximate="deep_cache", strict=False)
     assert not plan.approximate and "graphs" in plan.notes[-1]
-    assert speed_of({"speed": "graphs"}) == {"speed": "graphs", "compile": False} and speed_of({"speed": "compiled"})["speed"] == "exact"
+    assert speed_of({"speed": "compiled"}) == {"speed": "exact", "compile": True}
+    for there, speed in ((True, "graphs"), (False, "plain")):  # a picture that was made with graphs can be made again without a GPU
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert speed_of({"speed": "graphs"}) == {"speed": speed, "compile": False}
 
 
 @pytest.mark.gpu

@@ -167,6 +167,17 @@ def test_a_guider_that_acts_in_the_second_pass_alone_is_not_noted(pipe):
     assert any("acts in none of the 5 steps" in note for note in pipe.plan("a cat", steps=4, guiders="slg", upscale=1.5, upscale_steps=1).notes)
 
 
+@pytest.mark.parametrize("more", [{"steps": 2}, {"steps": 2, "sampler": "heun"}, {"steps": 2, "strict": False},
+                                  {"steps": 20, "upscale": 1.5, "upscale_steps": 1, "upscale_strength": 0.5}], ids=str)
+def test_a_run_of_which_nothing_moves_is_refused(flow, more):
+    pipe = latentgen.load(flow, device="cpu", dtype="float32")
+    options = {"request": "a cat", "guidance_scale": 4.0, "width": 64, "height": 64, "guiders": {"cfg_zero": {"zero_steps": 2}}}
+    with pytest.raises(RequestError, match=r"zero_steps is 2, which leaves the network none of the \d step\(s\): give fewer"):
+        pipe.plan(**options | more)
+    assert pipe.plan(**options | {"steps": 3}).evaluations == 2
+    assert pipe.plan(**options | {"steps": 2, "guidance_interval": (0.0, 0.9)}).evaluations > 0
+
+
 def test_forms_of_a_request():
     forms = ["apg", ["apg"], {"apg": {}}, {"apg": None}, [{"apg": {}}]]
     assert {json.dumps(Request(prompt="a", guiders=form).guiders) for form in forms} == {'{"apg": {}}'}

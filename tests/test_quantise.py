@@ -64,7 +64,9 @@ def test_it_takes_a_quarter_of_float32_and_says_so(tmp_path, monkeypatch):
         with small.residency.use("denoiser"):
             assert whole.residency.resident_bytes() - small.residency.resident_bytes() == 3 * linears - 4 * rows
     plan = small.plan("a cat")
-    assert "weights in int8" in str(plan) and "int8" not in str(whole.plan("a cat"))
+    assert "weights in int8" in str(plan) and " in float32, less in int8" in str(plan) and "int8" not in str(whole.plan("a cat"))
+    ready = latentgen.load(folder, dtype="float32", device="cpu", progress=False, quantise="auto")
+    assert "weights in fewer bits where memory lacks" in str(ready.plan("a cat")) and "fewer bits" not in str(plan) + str(whole.plan("a cat"))
     made = small.txt2img("a cat", steps=2, width=64, height=64, seed=1)
     assert made.recipe["quantise"] == "int8"
     (file,) = made.save(tmp_path / "cat.png")

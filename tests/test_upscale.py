@@ -333,6 +333,11 @@ def test_a_window_as_large_as_the_picture_is_no_window(pipe):
     same(made.images, pipe.txt2img("a cat", **BASE).images)
     assert "tile is 64, and nothing larger is denoised (48x64): the network sees it whole" in made.notes
     assert not [note for note in pipe.plan("a cat", tile=64, upscale=1.5, **BASE).notes if "tile" in note]  # the second pass is larger
+    note = "vae_tile is 64, and nothing larger is decoded (48x64): the autoencoder sees it whole"
+    assert note in pipe.plan("a cat", vae_tile=64, **BASE).notes
+    assert not pipe.plan("a cat", vae_tile=64, upscale=1.5, **BASE).notes
+    large = pipe.plan("a cat", vae_tile=2048, width=1032, height=1024)  # said so that there are no tiles
+    assert large.tile is None and not [note for note in large.notes if "tile" in note]
 
 
 def test_windows_are_denoised_each_as_its_own_and_averaged(pipe):

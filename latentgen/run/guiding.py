@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from latentgen.diffusion.guidance.table import GUIDERS, filled
+from latentgen.diffusion.guidance.table import GUIDERS, filled, still
 from latentgen.errors import RequestError
 from latentgen.run.steering import SHOWN, seen_by
 
@@ -137,6 +137,15 @@ def _classifier_problem(request: Request, family: Family, options: dict[str, Any
     if seen_by(judge) != "pixels":
         del options["through"]
     return ""
+
+
+def check_moves(guiders: Mapping[str, Mapping[str, Any]], passes: Sequence[Progress], inside: Callable[[Level], bool]) -> None:
+    """RequestError where cfg_zero leaves the network no step of a pass, so that noise would stay noise; inside: see `idle`."""
+    for progress in passes:
+        levels = progress.levels[:-1]
+        if all(inside(level) and still(guiders, progress, level) for level in levels):
+            raise RequestError(f"cfg_zero's zero_steps is {guiders['cfg_zero']['zero_steps']}, which leaves the network none of the {len(levels)} "
+                               "step(s): give fewer zero_steps, or more steps")
 
 
 def idle(guiders: Mapping[str, Mapping[str, Any]], passes: Sequence[Progress], inside: Callable[[Level], bool]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -130,10 +130,14 @@ def grid_of(request: Request, family: Family, size: tuple[int, int], *, wrap: tu
 
 
 def whole(request: Request, passes: Sequence[Pass]) -> list[str]:
-    """A note where windows were asked for and are as large as all that is denoised."""
-    if request.tile is None or request.reference is not None or any(len(one.grid.windows) > 1 for one in passes):
-        return []
-    return [f"tile is {request.tile}, and nothing larger is denoised ({passes[-1].width}x{passes[-1].height}): the network sees it whole"]
+    """Notes where windows or an autoencoder's tiles were asked for and are as large as all that there is. (With `vae_tile` at a size that has tiles
+    unasked that is what it was said for.)"""
+    notes, size = [], f"({passes[-1].width}x{passes[-1].height})"
+    if request.tile is not None and request.reference is None and all(len(one.grid.windows) == 1 for one in passes):
+        notes.append(f"tile is {request.tile}, and nothing larger is denoised {size}: the network sees it whole")
+    if request.vae_tile is not None and all((one.tile, replace(one, vae_tile=None).tile) == (None, None) for one in passes):
+        notes.append(f"vae_tile is {request.vae_tile}, and nothing larger is decoded {size}: the autoencoder sees it whole")
+    return notes
 
 
 def wrap_of(request: Request, family: Family, size: tuple[int, int], crop: tuple[int, int], refuse: Callable[[str], None]) -> tuple[int, ...]:

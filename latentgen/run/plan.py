@@ -21,7 +21,8 @@ from latentgen.models.approximate.table import APPROXIMATIONS
 from latentgen.models.family import Family
 from latentgen.models.fast.graphs import GRAPHS
 from latentgen.run.approximating import approximations_of, decided_alone
-from latentgen.run.guiding import OPTIONS, guidance_of, idle
+from latentgen.models.quantise.ways import RUNGS
+from latentgen.run.guiding import OPTIONS, check_moves, guidance_of, idle
 from latentgen.run.levels import levels_of
 from latentgen.run.parallel import Parallel
 from latentgen.run.passes import Pass, grid_of, second_pass, whole, wrap_of
@@ -189,6 +190,13 @@ class Plan:
         said += [f"from {self.guidance_interval[0]:g} to {self.guidance_interval[1]:g}"] if self.guidance_interval != (0, 1) else []
         return ", ".join(said)
 
+    @property
+    def _held(self) -> str:
+        """", weights in int8", as far as there is something to say."""
+        if self.quantise is None and {*self.ways} & {*RUNGS}:
+            return ", weights in fewer bits where memory lacks"
+        return f", weights in {self.quantise}" if self.quantise else ""
+
     def __str__(self) -> str:
         first = self.passes[0]
         rows = {
@@ -198,10 +206,11 @@ class Plan:
             "guidance": self._guidance, "prompt": str(self.prompt) + (f", weights as {self.weighting}" if self.prompt.weighted else ""),
             "negative": ("none" if not self.negative.text else str(self.negative) if len(self.negative.spans) > 1 else
                          f"{self.negative.tokens} tokens"),
-            "compute": f"{self.dtype} on {self.device}, {self.residency}{f', weights in {self.quantise}' if self.quantise else ''}, "
+            "compute": f"{self.dtype} on {self.device}, {self.residency}{self._held}, "
                        f"speed {self.speed}, "
                        f"{self.evaluations} network evaluations a picture" + (f", {self.parallel}" if self.parallel else ""),
-            "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()),
+            "weights": ", ".join(f"{stage} {count / 1e6:.0f} MB" for stage, count in self.weights.items()) + (
+                f" in {self.dtype}, less in {self.quantise}" if self.quantise else ""),
         }
         if self.forecast is not None:
             rows |= {"memory": str(self.forecast), "time": self.forecast.time}
@@ -301,8 +310,9 @@ def make_plan(request: Request, family: Family, tokenizers: Mapping[str, Tokens]
     second = second_pass(request, family, first, count=evaluations, refuse=refuse, notes=notes)
     passes = (first,) if second is None else (first, second)
     check_references(references, family, ((one.width, one.height) for one in passes))
-    notes += whole(request, passes) + idle(guiders, [one.progress for one in passes],
-                                           lambda level: low <= family.path.find(level.half_log_snr) <= high)
+    acting = guiders, [one.progress for one in passes], lambda level: low <= family.path.find(level.half_log_snr) <= high
+    check_moves(*acting)
+    notes += whole(request, passes) + idle(*acting)
     approximate = approximations_of(request, family, refuse, passes=passes, tuned=machine.tuned, notes=notes)
     if machine.parallel is not None:
         if machine.parallel.way == "context" and (weak := [name for name, options in guiders.items() if "layers" in options]):

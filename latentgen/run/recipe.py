@@ -21,7 +21,7 @@ from latentgen.pixels.save import PARAMETERS, read_metadata
 from latentgen.run.foreign.read import Foreign, read_foreign
 from latentgen.run.parameters import write_parameters
 from latentgen.run.request import PROMPTS, Request
-from latentgen.run.residency import SPEEDS
+from latentgen.run.residency import GRAPHS, SPEEDS
 from latentgen.run.steering import digest_of
 
 if TYPE_CHECKING:
@@ -138,10 +138,12 @@ def make_recipe(plan: Plan, digest: str, notes: tuple[str, ...]) -> dict[str, An
 
 def speed_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """`speed` and `compile` of a recipe, and where there is a CUDA device `attention`, as `load` takes them.
-    The first recipes name no speed: their networks were plain."""
-    said = recipe.get("speed", "plain")
-    return {"speed": said if said in SPEEDS else "exact", "compile": said == "compiled"} | (
-        {"attention": recipe["attention"]} if recipe.get("attention") and torch.cuda.is_available() else {})
+
+    Without such a device graphs are the plain networks that they are of. The first recipes name no speed: their networks were plain.
+    """
+    said, cuda = recipe.get("speed", "plain"), torch.cuda.is_available()
+    speed = "plain" if said == GRAPHS and not cuda else said if said in SPEEDS else "exact"
+    return {"speed": speed, "compile": said == "compiled"} | ({"attention": recipe["attention"]} if recipe.get("attention") and cuda else {})
 
 
 def joined_recipe(recipes: Sequence[Mapping[str, Any]], **about: Any) -> dict[str, Any]:
