@@ -24,7 +24,7 @@ from latentgen.models import cast
 from latentgen.models.cast import NotFinite, check_finite, recast
 from latentgen.models.convert import LazyTensors
 from latentgen.models.empty import Empty
-from latentgen.models.fast import onednn
+from latentgen.models.fast import onednn, swap
 from latentgen.models.fast.layers import Kernel, PackedConv2d, PackedLinear
 from latentgen.models.load import load_part
 from latentgen.models.promised import Promised
@@ -225,6 +225,20 @@ def test_a_file_that_is_written_to_is_refused_and_one_that_is_replaced_is_not(fo
             file.write_bytes(b"another file")
         assert torch.equal(draw(pipe).latents, wanted.latents)
         os.replace(kept, file)
+
+
+@packed_here
+def test_a_part_that_could_not_be_made_fast_is_loaded_anew(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(module: Any, **machine: Any) -> Any:
+        if type(module).__name__.startswith("UNet"):
+            raise RuntimeError("no more of this")
+        return swap.prepare(module, **machine)
+
+    pipe = load(folder("sd15"))
+    with monkeypatch.context() as change, pytest.raises(RuntimeError, match="no more of this"):
+        change.setattr("latentgen.run.residency.prepare", prepare)
+        draw(pipe)
+    assert torch.equal(draw(pipe).latents, draw(load(folder("sd15"))).latents)
 
 
 @packed_here

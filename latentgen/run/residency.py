@@ -100,24 +100,23 @@ class Residency:
                 self._release(key, policy)
 
     def _take(self, part: Part, key: Key, policy: str) -> nn.Module:
-        _, dtype, streamed, way = key
         with self._lock:
             if fresh := key not in self._here:
-                once = policy != "resident" and self.speed == "exact"  # a run asks for their answers once, before its first step
-                leave = modulation_names if once else None
-                later = None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype)
-                self._here[key] = load_part(self.checkpoint.sources[part.name], part, dtype, leave=leave, later=later,
-                                            lane=Lane(self.device) if streamed else None,
-                                            pinned=policy == "stream" and self.device.type == "cuda",
-                                            quantise=way)
-                if not streamed:  # streamed weights come and go as they lie in their file
-                    self._here[key] = prepare(self._here[key], speed=self.speed, device=self.device)
-                if self.attention and part.cls.startswith("diffusers."):
-                    attend_by(self._here[key], self.attention)
+                self._here[key] = self._loaded(part, key, policy)
             if not self._users.get(key) and (fresh or self.device.type != "cpu"):  # what never left a CPU need not be looked through
                 self._here[key].to(self.device)
             self._users[key] = self._users.get(key, 0) + 1
-            return on_lane(self._here[key], Lane(self.device)) if streamed else self._here[key]
+            return on_lane(self._here[key], Lane(self.device)) if key[2] else self._here[key]
+
+    def _loaded(self, part: Part, key: Key, policy: str) -> nn.Module:
+        _, dtype, streamed, way = key
+        once = policy != "resident" and self.speed == "exact"  # a run asks for their answers once, before its first step
+        module = load_part(self.checkpoint.sources[part.name], part, dtype, leave=modulation_names if once else None,
+                           later=None if streamed else partial(promised, speed=self.speed, device=self.device, dtype=dtype),
+                           lane=Lane(self.device) if streamed else None, pinned=policy == "stream" and self.device.type == "cuda", quantise=way)
+        if not streamed:  # streamed weights come and go as they lie in their file
+            module = prepare(module, speed=self.speed, device=self.device)
+        return attend_by(module, self.attention) if self.attention and part.cls.startswith("diffusers.") else module
 
     def _release(self, key: Key, policy: str) -> None:
         with self._lock:
