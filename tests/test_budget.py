@@ -22,7 +22,7 @@ from latentgen.models.fast import attention, onednn
 from latentgen.run.memory import budget as budget_module
 from latentgen.run.memory import speed
 from latentgen.run.memory.budget import fitted, memory_bytes
-from latentgen.run.memory.forecast import forecast
+from latentgen.run.memory.forecast import Need, forecast
 from latentgen.run.memory.ledger import KINDS
 from latentgen.run.memory.speed import speeds
 from latentgen.run.request import Request
@@ -179,6 +179,13 @@ def test_without_a_memory_a_plan_on_a_gpu_fits_what_is_free(small: Any, monkeypa
     free[0] = int(max(need.stages["decoder"].peak, need.stages["denoiser"].peak * 0.7) * 1.04)
     tight = small.plan("a cat", **said)
     assert tight.rows < 8 and tight.memory.peak <= free[0] and "to fit" in tight.notes[-1]
+    seconds = {None: 5.0, "int8": 1.0, "int4": 2.0}  # weights as they are would be streamed, those in fewer bits need not be
+    monkeypatch.setattr(small, "_machine", replace(small._machine, ways=tuple(seconds)))
+    monkeypatch.setattr(small, "_timed", lambda: lambda plan: replace(
+        need, stages={"denoiser": Need(10**9 if plan.residency != "stream" and not plan.quantise else 10**5, 0)},
+        seconds={"denoiser": seconds[plan.quantise]}))
+    held = small.plan("a cat", **said)
+    assert (held.quantise, held.residency) == ("int8", "resident") and "(1 s predicted, against 5 s with residency 'stream'" in held.notes[-1]
     free[0] = 10**5
     hopeless = small.plan("a cat", **said)
     assert hopeless.rows == 8 and "GB is free" in hopeless.notes[-1]
@@ -187,7 +194,9 @@ def test_without_a_memory_a_plan_on_a_gpu_fits_what_is_free(small: Any, monkeypa
 def test_on_a_cpu_what_does_not_fit_is_noted_before_anything_loads(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget_module, "free_bytes", lambda device: 10**5)
     plan = small.plan("a cat", width=64, height=64, steps=1, seed=0)
-    assert plan.residency == "resident" and "GB is free: name what it may take, as memory=" in plan.notes[-1]
+    assert plan.residency == "resident" and "GB is free: name what it may take, as memory='1MB'" in plan.notes[-1]
+    monkeypatch.setattr(budget_module, "free_bytes", lambda device: 5 * 10**6)
+    assert "as memory='5MB'" in small.plan("a cat", width=512, height=512, steps=1, seed=0).notes[-1]
 
 
 def test_a_pipeline_loaded_for_a_memory(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import cached_property
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,11 +245,13 @@ class Pipeline:
         memory = self.memory if memory is None else memory
         said = _as_request(request, options)
         if memory is None:
-            return eased(self._unlimited(said), self.residency)
-        speed = speeds(self.residency.device, self.residency.dtype)
-        foresee = partial(forecast, self.checkpoint, self.family, speeds=speed)
+            return eased(self._unlimited(said), self.residency, timed=self._timed)
         held = self.residency.resident_bytes(self.residency.device) if memory == "auto" else 0
-        return fitted(self._unlimited(said), foresee, memory_bytes(memory, self.residency.device) + held)
+        return fitted(self._unlimited(said), self._timed(), memory_bytes(memory, self.residency.device) + held)
+
+    def _timed(self) -> Callable[[Plan], Any]:
+        """What predicts the need of a plan and its time, at this machine's speeds."""
+        return partial(forecast, self.checkpoint, self.family, speeds=speeds(self.residency.device, self.residency.dtype))
 
     def _unlimited(self, request: Request) -> Plan:
         request = request if self._group is None else self._group.seeded(request)

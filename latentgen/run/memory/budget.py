@@ -125,11 +125,14 @@ def _first(wish: Plan, chosen: Sequence[str], foresee: Callable[[Plan], Forecast
     return None
 
 
-def eased(wish: Plan, residency: Residency) -> Plan:
+def eased(wish: Plan, residency: Residency, *, timed: Callable[[], Callable[[Plan], Forecast]]) -> Plan:
     """A plan for which no memory was named, made to fit what is free: on a GPU as `fitted` does. What does not fit is noted and not refused; on a
     CPU nothing is changed.
 
     It is run on paper only where it is not plainly small. Processes that must have one plan each have a memory of their own: theirs is left alone.
+
+    Args:
+        timed: gives what predicts time, too; asked for where weights may be held in several ways, of which the faster one is taken.
     """
     device, foresee, last = residency.device, wish.foresee, wish.passes[-1]
     if foresee is None or wish.parallel is not None or device.type not in ("cpu", "cuda"):
@@ -142,13 +145,14 @@ def eased(wish: Plan, residency: Residency) -> Plan:
         return wish
     if wish.device.startswith("cuda") and wish.speed in SPEEDS and wish.speed != GRAPHS:
         try:
-            return fitted(wish, foresee, free)
+            return fitted(wish, timed() if wish.ways[1:] else foresee, free)
         except RequestError:
             pass
     if _fits((need := foresee(wish)).peak, free):
         return wish
+    least = f"{int(free / GB)}GB" if free >= GB else f"{max(1, int(free / UNITS['MB']))}MB"
     note = (f"it needs {need.peak / GB:.3g} GB of memory and {free / GB:.3g} GB is free: name what it may take, as "
-            f"memory='{max(1, int(free / GB))}GB', or free some")
+            f"memory='{least}', or free some")
     return replace(wish, notes=(*wish.notes, note))
 
 
