@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def levels_of(request: Request, family: Family, size: tuple[int, int], refuse: Callable[[str], None],
-            notes: list[str]) -> tuple[tuple[Level, ...], tuple[Level, ...], float, dict[str, float]]:
+              notes: list[str]) -> tuple[tuple[Level, ...], tuple[Level, ...], float, dict[str, float]]:
     """The levels of the whole run, those to run, strength and the sampler's options."""
     defaults, task = family.defaults, request.task
     steps = request.steps or defaults.steps

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from latentgen.models.family import Family
 
 
-
 def planned(request: Request, family: Family, tokenizers: Mapping[str, Tokens], machine: Machine) -> Plan:
     """Decide everything about a request, its words first: see `make_plan`.
 

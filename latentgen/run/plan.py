@@ -20,8 +20,8 @@ from latentgen.errors import RequestError
 from latentgen.models.approximate.table import APPROXIMATIONS
 from latentgen.models.family import Family
 from latentgen.models.fast.graphs import GRAPHS
-from latentgen.run.approximating import approximations_of, decided_alone
 from latentgen.models.quantise.ways import RUNGS
+from latentgen.run.approximating import approximations_of, decided_alone
 from latentgen.run.guiding import OPTIONS, check_moves, guidance_of, idle
 from latentgen.run.levels import levels_of
 from latentgen.run.parallel import Parallel

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from latentgen.conditioning.prompt import check_text, shown
-from latentgen.diffusion.table import spread
 from latentgen.diffusion.sample import SAMPLERS
+from latentgen.diffusion.table import spread
 from latentgen.errors import RequestError
 
 SEED = "a whole number from 0 to 2**63 - 1, or a list of 1 to 64 of them"

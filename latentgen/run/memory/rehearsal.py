@@ -36,9 +36,7 @@ STAGES: tuple[Stage, ...] = ("text", "encoder", "denoiser", "decoder")
 KEPT = 64  # rehearsals that a process remembers
 KEPT_PARTS = 4  # checkpoints whose parts on paper it keeps
 SAID = ("vae_tile", "prompt", "negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "seed", "image", "mask",
-        "reference",
-        "latents",
-        "steps", "guidance_scale", "strict")  # what of a request changes no shape, or shows in the plan
+        "reference", "latents", "steps", "guidance_scale", "strict")  # what of a request changes no shape, or shows in the plan
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,6 @@ class PaperResidency:
             for kind in KINDS:
                 done[kind] += self.ledger.work[kind] - before[kind]
 
-
     def packed(self) -> dict[str, dict[str, int]]:
         """Part -> layer -> bytes of its packed weight, as far as they were called."""
         return {part.name: packed_bytes(module) for part, module in self.parts.items()}
@@ -123,7 +120,7 @@ def paper_parts(checkpoint: Checkpoint, plan: Plan) -> Mapping[Part, nn.Module]:
     """Every part on paper as a plan holds it, or those made before."""
     def one(part: Part) -> nn.Module:
         streamed = plan.residency in STREAMING and set(STREAMED) & {*part.stages}
-        return paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype), 
+        return paper_part(checkpoint.sources[part.name], part, getattr(torch, plan.dtype),
                           quantise=plan.quantise if QUANTISED & {*part.stages} else None,
                           speed="plain" if streamed else plan.speed, device=torch.device(plan.device))
 
