@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,21 @@ def test_a_promised_weight_is_made_once_by_whoever_comes_first() -> None:
     assert torch.equal(onednn.unpacked(found[0]), stored.bfloat16())
     assert torch.equal(promised.rows(slice(8, 16)).made(), stored[8:16].bfloat16()) and promised.rows(slice(8, 16)).shape == (8, 48)
     assert torch.equal(Kernel(promised).any, stored.bfloat16())
+
+
+def test_what_a_weight_takes_may_be_asked_while_another_thread_packs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "order", lambda packed: b"one")
+    monkeypatch.setattr(onednn, "unpacked", lambda packed: packed)
+    kernel, often = Kernel(torch.zeros(4, 2)), sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(1) as pool:
+            packing = pool.submit(lambda: [kernel.get(size, lambda plain: plain) for size in range(20000)])
+            while not packing.done():
+                assert kernel.bytes == 4 * 4 * 2
+            packing.result()
+    finally:
+        sys.setswitchinterval(often)
 
 
 # networks

@@ -13,6 +13,7 @@ from latentgen.models.asked import Asked
 from latentgen.models.family import Conditioning
 from latentgen.models.view import replaced
 
+
 class Heard(nn.Module):
     """Stands for a linear that reads the words; keeps its answer for each batch of conditionings of the run."""
 

@@ -61,8 +61,9 @@ class Kernel:
     @property
     def bytes(self) -> int:
         """Of all orders; none as long as it is promised."""
-        copies = max(1, len({id(p) for p in self.packed.values()}))
-        return 0 if isinstance(self.plain, Promised) else self.shape.numel() * self.dtype.itemsize * copies
+        with self._lock:
+            copies = max(1, len({id(p) for p in self.packed.values()}))
+            return 0 if isinstance(self.plain, Promised) else self.shape.numel() * self.dtype.itemsize * copies
 
 
 class PackedLinear(nn.Linear):
