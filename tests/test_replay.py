@@ -214,6 +214,21 @@ def test_the_replay_command(made: Path, tiny_folder: Path, tmp_path: Path) -> No
     assert command("replay", path, "--anyway", *said).exit_code == 1
 
 
+def test_replay_and_resume_hold_weights_as_the_run_did(tiny_folder: Path, tmp_path: Path) -> None:
+    """Streamed blocks are not fused in bfloat16, and weights in fewer bits are others."""
+    file, state = tmp_path / "it.png", tmp_path / "it.state"
+    done = command("txt2img", "cat", "--model", tiny_folder, "--device", "cpu", "--dtype", "bfloat16", "--residency", "stream", "--quantise", "int8",
+                   "--steps", 2, "--seed", 1, "-o", file, "--save-state", state)
+    assert done.exit_code == 0, done.output
+    told = read_recipe(file).data
+    assert (told["residency"], told["quantise"]) == ("stream", "int8")
+    done = command("replay", file, "--model", tiny_folder, "--quiet")
+    assert (done.exit_code, done.stdout) == (0, "identical\n"), done.output
+    assert "residency: stream then, nothing now" in command("replay", file, "--model", tiny_folder, "--residency", "resident").stdout
+    done = command("resume", state, "--model", tiny_folder, "-o", tmp_path / "again.png")
+    assert done.exit_code == 0 and (tmp_path / "again.png").read_bytes() == file.read_bytes() and "note" not in done.stderr, done.output
+
+
 def test_the_recipe_command(made: Path, tmp_path: Path) -> None:
     done = command("recipe", made / "inpaint.png")
     words = ("made by            latentgen", "a naïve 🙂 (cat:1.2)", "image, mask (not in the file)", "ddim", "float32")

@@ -36,7 +36,7 @@ Count = Annotated[int, typer.Option("--count", "-n", help="How many, 1 to 64.")]
 Amount = Annotated[float, typer.Option("--amount", help="How far from it: above 0, the same, to 1, another picture.")]
 Words = Annotated[str | None, typer.Option("--prompt", help="Other words than the recipe's, or words for a picture without one.", metavar="TEXT")]
 Anyway = Annotated[bool, typer.Option("--anyway", help="Make the nearest picture where another program made this one.")]
-_OWN = {"model": None, "device": None, "dtype": None, "speed": None}  # left out, they are as the recipe says
+_OWN = {"model": None, "device": None, "dtype": None, "speed": None, "residency": None}  # left out, they are as the recipe says
 _USUAL = {p.name: p.default for p in MACHINE if p.name in _OWN}
 AS_IT_WAS = tuple(p.replace(default=None) if p.name in _OWN else p for p in MACHINE)
 
@@ -57,8 +57,8 @@ def replay(file: File, image: Source = None, mask: Mask = None, reference: Refer
            as_json: AsJson = False, quiet: Quiet = False, **said: Any) -> None:
     """Make a picture again from the recipe in its file, and say "identical" or what differs.
 
-    Where they are left out, the model (by its card's name), device, number type and speed are those of the recipe. The new picture is kept only with
-    -o.
+    Where they are left out, the model (by its card's name), device, number type, speed and how weights are held are those of the recipe. The new
+    picture is kept only with -o.
     Exit code 0: identical. 1: different. 2: it has no recipe, or something is wrong with it.
     """
     from latentgen.run.recipe import Foreign, as_recipe
@@ -149,7 +149,9 @@ def _as_it_was(said: dict[str, Any], found: Recipe | Foreign) -> dict[str, Any]:
         RequestError: the recipe's model does not lie beside its card: a picture is not to start a download, and only the user knows where others are.
     """
     from latentgen.models.card import cards
+    from latentgen.models.quantise.ways import CHOICES
     from latentgen.run.recipe import speed_of
+    from latentgen.run.residency import POLICIES
 
     data = getattr(found, "data", {})
     if said["model"] is None:
@@ -162,6 +164,8 @@ def _as_it_was(said: dict[str, Any], found: Recipe | Foreign) -> dict[str, Any]:
     own = speed_of(data) if data else {"speed": "exact", "compile": False}
     said["speed"], said["compile"] = said["speed"] or own["speed"], said["compile"] or (said["speed"] is None and own["compile"])
     said["attention"] = said["attention"] or own.get("attention")
+    said["quantise"] = said["quantise"] or (data.get("quantise") if data.get("quantise") in CHOICES else None)
+    said["residency"] = said["residency"] or (data.get("residency") if data.get("residency") in POLICIES else "resident")
     said["device"] = said["device"] or ("cpu" if data.get("device") == "cpu" else "auto")
     return said
 

@@ -11,6 +11,7 @@ from latentgen.models.quantise.ways import CHOICES
 from latentgen.run.meaning import origin_told, together
 from latentgen.run.memory.ladder import holding
 from latentgen.run.recipe import Recipe, make_recipe, speed_of
+from latentgen.run.residency import POLICIES
 from latentgen.run.state import Keeper, State, begun, checked_every, checked_path, read_state
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ def named_model(state: State) -> str:
 
 
 def as_it_was(state: State) -> dict[str, Any]:
-    """Device, dtype, speed and how weights were held in the run, as `load` takes them."""
+    """Device, dtype, speed, and how weights were held and where, in the run, as `load` takes them."""
     dtype = state.recipe.get("dtype")
     known = dtype in ("float32", "bfloat16", "float16")
-    way = state.recipe.get("quantise")
+    way, residency = state.recipe.get("quantise"), state.recipe.get("residency")
     return {"device": "cpu" if state.recipe.get("device") == "cpu" else "auto", "dtype": str(dtype) if known else "auto", **speed_of(state.recipe),
-            "quantise": way if way in CHOICES else None}
+            "quantise": way if way in CHOICES else None, "residency": residency if residency in POLICIES else "resident"}
 
 
 def kept(pipe: Pipeline, plan: Plan, path: str | Path, every: int | None) -> Keeper:
