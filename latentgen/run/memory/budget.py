@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from latentgen.run.plan import Plan
     from latentgen.run.residency import Residency
 
+log = logging.getLogger(__name__)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LEAST = UNITS["MB"]  # a bare number below it is one without its unit
 WORTH = 1.1  # how much faster weights in fewer bits must be than streaming them as they are
@@ -129,7 +131,8 @@ def eased(wish: Plan, residency: Residency, *, timed: Callable[[], Callable[[Pla
     """A plan for which no memory was named, made to fit what is free: on a GPU as `fitted` does. What does not fit is noted and not refused; on a
     CPU nothing is changed.
 
-    It is run on paper only where it is not plainly small. Processes that must have one plan each have a memory of their own: theirs is left alone.
+    It is run on paper only where it is not plainly small; where that fails, it stays as it is, for nobody asked. Processes that must have one plan
+    each have a memory of their own: theirs is left alone.
 
     Args:
         timed: gives what predicts time, too; asked for where weights may be held in several ways, of which the faster one is taken.
@@ -143,6 +146,14 @@ def eased(wish: Plan, residency: Residency, *, timed: Callable[[], Callable[[Pla
         return wish
     if 2 * (sum(wish.weights.values()) + ROUGHLY * last.width * last.height * wish.rows) < free:
         return wish
+    try:
+        return _eased(wish, free, foresee, timed)
+    except Exception as error:
+        log.info("what the plan needs could not be predicted: %s", error, exc_info=error)
+        return wish
+
+
+def _eased(wish: Plan, free: int, foresee: Callable[[Plan], Forecast], timed: Callable[[], Callable[[Plan], Forecast]]) -> Plan:
     if wish.device.startswith("cuda") and wish.speed in SPEEDS and wish.speed != GRAPHS:
         try:
             return fitted(wish, timed() if wish.ways[1:] else foresee, free)
