@@ -13,10 +13,12 @@ TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "checkpoints.md"
 BEGIN, END = "<!-- parity: made by `python tests/parity.py`, checked by tests/test_parity_table.py -->\n", "<!-- end -->"
 TASKS = ("encoders", "txt2img", "img2img", "inpaint", "edit")
-NOTE = """Each line is a test on tiny random checkpoints of the same architecture, made on the spot with lively conditioning weights: the same components and latents on both sides,
-latents within 1e-4 of their largest value (most within 1e-5), pictures within 1 of 255, at two sizes, with batches of two, guidance on and off. "hand loop" is a short loop with diffusers'
-scheduler where no stock pipeline exists; outpaint is inpaint on a wider canvas. A single file in its makers' layout gives its folder's picture bit for bit (tests/test_single_file.py). Stable Diffusion 1.5 was also run at full size with random weights (512x512, 3 steps): float32 latents within 5.3e-6 of diffusers'.
-The published weights themselves (gated or not) were not available and not run; their layouts were checked tensor by tensor against headers made from the published configs.
+NOTE = """Each line is a test on tiny random checkpoints of the same architecture, made on the spot with lively conditioning weights: the same components and latents on both
+sides, latents within 1e-4 of their largest value (most within 1e-5), pictures within 1 of 255, at two sizes, with batches of two, guidance on and off. "hand loop" is a
+short loop with diffusers' scheduler where no stock pipeline exists; outpaint is inpaint on a wider canvas. A single file in its makers' layout gives its folder's
+picture bit for bit (tests/test_single_file.py). Stable Diffusion 1.5 was also run at full size with random weights (512x512, 3 steps): float32 latents within 5.3e-6 of
+diffusers'. The published weights themselves (gated or not) were not available and not run; their layouts were checked tensor by tensor against headers made from the
+published configs.
 """
 
 

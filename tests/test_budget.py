@@ -199,7 +199,8 @@ def test_on_a_cpu_what_does_not_fit_is_noted_before_anything_loads(small: Any, m
     assert "as memory='5MB'" in small.plan("a cat", width=512, height=512, steps=1, seed=0).notes[-1]
 
 
-def test_a_prediction_that_nobody_asked_for_cannot_spoil_a_run(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_that_nobody_asked_for_cannot_spoil_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = latentgen.load(tiny("sd15").save(tmp_path / "tiny"), device="cpu", dtype="float32", progress=False)
     monkeypatch.setattr(budget_module, "free_bytes", lambda device: 10**5)
 
     def broken(*args: Any, **said: Any) -> Any:
@@ -207,9 +208,9 @@ def test_a_prediction_that_nobody_asked_for_cannot_spoil_a_run(small: Any, monke
 
     monkeypatch.setattr("latentgen.run.memory.forecast.rehearse", broken)
     said = {"width": 64, "height": 64, "steps": 1, "seed": 0}
-    assert small.plan("a cat", **said).forecast is None and small.txt2img("a cat", **said).image.size == (64, 64)
+    assert pipe.plan("a cat", **said).forecast is None and pipe.txt2img("a cat", **said).image.size == (64, 64)
     with pytest.raises(IndexError, match="paper"):
-        small.plan("a cat", memory="1GB", **said)
+        pipe.plan("a cat", memory="1GB", **said)
 
 
 def test_a_pipeline_loaded_for_a_memory(tmp_path: Path) -> None:
