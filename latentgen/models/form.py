@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentgen.errors import ModelError
 from latentgen.models.cast import NotFinite, check_finite, recast
 from latentgen.models.quantise.packed import Packed
-from latentgen.models.quantise.ways import Way
+from latentgen.models.quantise.ways import Packing, Parts, Way
 
 ALIGNED = 64  # bytes, as torch allocates
 
@@ -50,7 +50,11 @@ class Form:
         """What the part has of a tensor: most times itself by its name; of one that is held packed, its parts. Raises as `kept` does."""
         if (way := self.held.get(name)) is None:
             return {name: self.kept(name, tensor, check=check)}
-        parts = tensor.checked(check).parts if isinstance(tensor, Packed) and tensor.way == way else way.pack(self.kept(name, tensor, check=check))
+        if isinstance(tensor, Packed) and tensor.way == way:
+            parts: Parts = tensor.checked(check).parts
+        else:
+            assert isinstance(way, Packing), f"{name} is to be held in {way.name}, which only files have"
+            parts = way.pack(self.kept(name, tensor, check=check))
         return {f"{name.removesuffix('weight')}{key}": part for key, part in parts.items()}
 
     def checked(self, name: str, tensor: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from latentgen.errors import OutputError, RequestError
+from latentgen.errors import RequestError
 from latentgen.models.fast.kernels import HEADS, KERNELS, LONG, Table, kinds, takes
-from latentgen.run.kept import keep, read_kept
+from latentgen.run.kept import device_name, once
 
 log = logging.getLogger(__name__)
 NAME = "attention"
@@ -52,17 +52,13 @@ def attention_of(said: str | Table | None, device: torch.device, dtype: torch.dt
 def measured(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The fastest kernel of each kind on this device, as kept, else measured now (a second or two)."""
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    key = f"{_name(device)} {dtype} torch {torch.__version__} cudnn {cudnn}"
-    found = read_kept(NAME).get(key)
-    if isinstance(found, dict) and all(kind in kinds() and kernel in KERNELS for kind, kernel in found.items()):
-        return found
-    made = fastest(device, dtype)
-    try:
-        keep(NAME, key, made)
-    except OutputError as error:
-        log.warning("PyTorch chooses the attention kernels, for what was measured cannot be kept: %s", error)
+    key = f"{device_name(device)} {dtype} torch {torch.__version__} cudnn {cudnn}"
+    table, unkept = once(NAME, key, measure=lambda: fastest(device, dtype),
+                         valid=lambda found: all(kind in kinds() and kernel in KERNELS for kind, kernel in found.items()))
+    if unkept:
+        log.warning("PyTorch chooses the attention kernels, for what was measured cannot be kept: %s", unkept)
         return {}
-    return made
+    return table
 
 
 def fastest(device: torch.device, dtype: torch.dtype, *, seconds: Callable[..., float] | None = None) -> dict[str, str]:
@@ -102,7 +98,3 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
                 torch.cuda.synchronize(device)
             best = min(best, time.perf_counter() - began) if n >= WARM else best
     return best
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -6,11 +6,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentgen.errors import OutputError
 from latentgen.pixels.save import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 2**20
 
@@ -46,3 +50,27 @@ def keep(name: str, key: str, value: Any) -> None:
         raise OutputError(f"the config folder {folder.name!r} cannot be made ({error.strerror or type(error).__name__}): "
                           "set LATENTGEN_CONFIG to a folder that can be written") from error
     write_whole(folder / f"{name}.json", json.dumps(read_kept(name) | {key: value}, ensure_ascii=False, indent=1).encode())
+
+
+def once(name: str, key: str, *, valid: Callable[[dict[str, Any]], bool], measure: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """What is kept under a key, else measured now and kept; and why it could not be kept, "" where it is.
+
+    Args:
+        valid: whether what was found there is what is kept here.
+    """
+    found = read_kept(name).get(key)
+    if isinstance(found, dict) and valid(found):
+        return found, ""
+    made = measure()
+    try:
+        keep(name, key, made)
+    except OutputError as error:
+        return made, str(error)
+    return made, ""
+
+
+def device_name(device: torch.device) -> str:
+    """Under which what was measured on a device is kept: a GPU's own name, else its kind."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentgen.models.quantise.packed import Packed
-from latentgen.models.quantise.ways import STORED, WAYS, Fp8, Parts, Way, fits
+from latentgen.models.quantise.ways import STORED, WAYS, Fp8, Packing, Parts, Way, fits
 
 LEAST = 2**12  # weights of a linear that is worth it
 
@@ -72,7 +72,7 @@ def hold(module: nn.Module, wanted: str | None, tensors: Mapping[str, Tensor], d
 
 
 @lru_cache
-def _outline(way: Way, shape: torch.Size) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+def _outline(way: Packing, shape: torch.Size) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
     """Name, shape and dtype of what a weight of that shape is packed into."""
     return tuple((key, part.shape, part.dtype) for key, part in way.pack(torch.empty(shape, device="meta")).items())
 

@@ -5,6 +5,7 @@ A way turns a weight (out, in) into named parts whose first axis is still that o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import gcd
 
@@ -21,18 +22,14 @@ BLOCK = 32  # numbers of a row that share a scale in 4 bits
 FP8 = 448.0  # the largest number of float8_e4m3fn
 
 
-class Way:
-    """One of them.
+class Way(ABC):
+    """One of them, as it is read.
 
     Attributes:
-        name: as it is asked for, and as recipes have it.
+        name: as it is asked for or as its file calls it.
     """
 
-    name = ""
-
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """(out, in) finite numbers -> parts."""
-        raise NotImplementedError
+    name: str
 
     def check(self, parts: Parts) -> None:
         """Look for NaN and infinity in parts that a file has; what `pack` made has none.
@@ -41,9 +38,9 @@ class Way:
             NotFinite: there are some.
         """
 
+    @abstractmethod
     def some(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         """Parts of some rows -> (rows, in)."""
-        raise NotImplementedError
 
     def unpack(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         """Parts -> (out, in): the numbers that the parts stand for, rounded once to the dtype."""
@@ -66,7 +63,15 @@ class Way:
         return linear(x, self.unpack(parts, x.dtype), bias)
 
 
-class Int8(Way):
+class Packing(Way):
+    """One in which weights can be packed, too; its name is in recipes."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """(out, in) finite numbers -> parts."""
+
+
+class Int8(Packing):
     """A whole number from -127 to 127 for each weight, and a scale for each row: the largest of a row is 127 of it."""
 
     name = "int8"
@@ -123,7 +128,7 @@ def _whole_product(tokens: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(whole, pad(codes, (0, -codes.shape[1] % 8, 0, -columns % 8)).t())[:rows, :columns].float()
 
 
-class Fp8(Way):
+class Fp8(Packing):
     """A float8_e4m3fn for each weight, and a scale for each row: the largest of a row is 448 of it. Files may have it without scales."""
 
     name = "fp8"
@@ -150,7 +155,7 @@ def _widened(codes: Tensor) -> Tensor:
     return bits.bitwise_and(0x7F).mul_(128).bitwise_or_(bits.bitwise_and_(-0x8000)).view(torch.float16).to(torch.float32).mul_(256)
 
 
-class Int4(Way):
+class Int4(Packing):
     """A whole number from -8 to 7 for each weight, and a scale for each 32 of a row: what is largest in size there is -8 of it (as GGUF's Q4_0)."""
 
     name = "int4"
@@ -170,7 +175,7 @@ class Int4(Way):
         return (whole * scale.to(dtype)).flatten(1)
 
 
-WAYS: Mapping[str, Way] = {way.name: way for way in (Int8(), Int8Dynamic(), Fp8(), Int4())}
+WAYS: Mapping[str, Packing] = {way.name: way for way in (Int8(), Int8Dynamic(), Fp8(), Int4())}
 STORED = "stored"  # packed weights of a file, as they are there
 AUTO = "auto"  # what a memory makes necessary
 CHOICES = (*WAYS, STORED, AUTO)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, scaled_dot_product_attention, silu
 
-from latentgen.errors import OutputError
 from latentgen.models.fast import onednn
 from latentgen.models.fast.attention import attend
 from latentgen.models.fast.layers import pack
 from latentgen.models.fast.swap import prepare
-from latentgen.run.kept import keep, read_kept
+from latentgen.run.kept import device_name, once
 from latentgen.run.memory.ledger import KINDS, NEAR, Ledger
 
 log = logging.getLogger(__name__)
@@ -33,20 +32,12 @@ MOST = 1e15  # a second: what takes no time that can be seen
 
 def speeds(device: torch.device, dtype: torch.dtype) -> Mapping[str, float]:
     """How much a second by kind of `ledger.KINDS`, and bytes a second that come to the device under "copy"; as kept, else measured now."""
-    key = f"{_name(device)} {dtype} torch {torch.__version__} {torch.get_num_threads()} threads, measured in way {VERSION}"
-    found = read_kept(NAME).get(key)
-    if isinstance(found, dict) and all(isinstance(found.get(kind), (int, float)) and found[kind] > 0 for kind in (*KINDS, "copy")):
-        return found
-    made = measured(device, dtype)
-    try:
-        keep(NAME, key, made)
-    except OutputError as error:
-        log.info("speeds are measured again the next time: %s", error)
-    return made
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    key = f"{device_name(device)} {dtype} torch {torch.__version__} {torch.get_num_threads()} threads, measured in way {VERSION}"
+    rates, unkept = once(NAME, key, measure=lambda: measured(device, dtype),
+                         valid=lambda found: all(isinstance(found.get(kind), (int, float)) and found[kind] > 0 for kind in (*KINDS, "copy")))
+    if unkept:
+        log.info("speeds are measured again the next time: %s", unkept)
+    return rates
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
